@@ -1,0 +1,58 @@
+# make quickstart | test | lint: each makes its environment in .venv, once.
+# Needs Python 3.11, make and pip.
+
+PYTHON ?= python3.11
+JOBS   ?= 2
+TESTS  ?= tests
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet
+
+# On Linux the default torch is built for CUDA and gigabytes large; the index below has the small one.
+TORCH     ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help quickstart test lint clean
+
+help:
+	@echo "make quickstart   train a small model with DPO and show before and after"
+	@echo "make test         all tests (TESTS=tests/cli for some, JOBS=8 for more processes)"
+	@echo "make lint         ruff and pyright"
+	@echo "make clean        remove the environment"
+
+quickstart: .venv/.base
+	OMP_NUM_THREADS=2 $(BIN)/prefopt quickstart
+
+test: .venv/.test
+	$(BIN)/pytest $(TESTS) -n $(JOBS) --dist loadfile --durations 10
+ifeq ($(TESTS),tests)
+	$(BIN)/pytest --doctest-modules --doctest-glob '*.md' src docs README.md -n $(JOBS) --dist loadfile
+endif
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --extra-index-url $(CPU_INDEX)
+	touch $@
+
+.venv/.base: .venv/.python pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+.venv/.test: .venv/.base
+	$(PIP) --editable '.[peft,test]'
+	touch $@
+
+.venv/.lint: .venv/.base
+	$(PIP) --editable '.[peft,lint]'
+	touch $@

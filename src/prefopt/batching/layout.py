@@ -1,0 +1,67 @@
+"""From tokenised examples to completions in sequence order, and their `BranchLayout`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prefopt.types import Branch, BranchLayout, TokenizedExample
+
+__all__ = ["CompletionSequence", "branch_layout", "completion_sequences", "reference_sums"]
+
+
+@dataclass(frozen=True)
+class CompletionSequence:
+    """A completion after its prompt, and which of its tokens are scored."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    scored: tuple[int, ...]
+    """Places of the scored tokens in ``prompt + completion``; each is predicted from the place before it."""
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.completion_ids]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def completion_sequences(
+    examples: Sequence[TokenizedExample], branches: Sequence[Branch]
+) -> Iterator[CompletionSequence]:
+    """The B * P completions, by branch, then by pair. A token without context is not scored."""
+    for branch in branches:
+        for example in examples:
+            prompt_ids = example.prompt_ids[example.prompt_starts.get(branch, 0) :]
+            mask = example.loss_masks[branch]
+            scored = tuple(len(prompt_ids) + i for i, wanted in enumerate(mask) if wanted and len(prompt_ids) + i > 0)
+            yield CompletionSequence(prompt_ids, example.completion_ids[branch], scored)
+
+
+def branch_layout(lengths: Sequence[int], branches: Sequence[Branch]) -> BranchLayout:
+    """The layout of ``lengths`` scored tokens per sequence, B * P of them."""
+    num_tokens = torch.tensor(lengths, dtype=torch.int64)
+    sequence_index = torch.repeat_interleave(torch.arange(len(lengths)), num_tokens)
+    starts = torch.cumsum(num_tokens, 0) - num_tokens
+    return BranchLayout(
+        branches=tuple(branches),
+        num_pairs=len(lengths) // len(branches),
+        lengths=tuple(lengths),
+        num_tokens=num_tokens,
+        sequence_index=sequence_index,
+        position=torch.arange(int(num_tokens.sum())) - starts[sequence_index],
+    )
+
+
+def reference_sums(examples: Sequence[TokenizedExample]) -> dict[Branch, torch.Tensor] | None:
+    """Branch -> [P] reference log-probs, where every example brings them; nats, float64."""
+    if any(example.ref_sum_logps is None for example in examples):
+        return None
+    branches = examples[0].ref_sum_logps or {}
+    return {
+        branch: torch.tensor([(example.ref_sum_logps or {})[branch] for example in examples], dtype=torch.float64)
+        for branch in branches
+    }

@@ -1,0 +1,75 @@
+"""The padded layout: one row per completion, [chosen..; rejected..; gold..], padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prefopt.batching.layout import CompletionSequence, branch_layout, completion_sequences, reference_sums
+from prefopt.types import Branch, PreferenceBatch, TokenizedExample
+
+__all__ = ["pad_batch"]
+
+
+def pad_batch(
+    examples: Sequence[TokenizedExample],
+    branches: Sequence[Branch],
+    *,
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int | None = None,
+    weight: float = 1.0,
+) -> PreferenceBatch:
+    """The batch of P examples as R = B * P rows.
+
+    Args:
+        examples: P tokenised pairs.
+        branches: the completions to compute.
+        pad_token_id: fills the rows; it is masked and changes no result.
+        pad_to_multiple_of: T is rounded up to a multiple of it.
+        weight: of every pair; 0 makes a dummy.
+    """
+    sequences = list(completion_sequences(examples, branches))
+    width = padded_width(max(len(sequence) for sequence in sequences), pad_to_multiple_of)
+    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(sequences), width), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence.ids, dtype=torch.int64)
+        attention_mask[row, : len(sequence)] = 1
+    predict_from = [row * width + place - 1 for row, sequence in enumerate(sequences) for place in sequence.scored]
+    return make_batch(
+        examples,
+        branches,
+        sequences,
+        model_inputs={"input_ids": input_ids, "attention_mask": attention_mask},
+        predict_from=predict_from,
+        weight=weight,
+    )
+
+
+def padded_width(longest: int, multiple: int | None) -> int:
+    """``longest`` rounded up to a multiple of ``multiple``."""
+    return longest if not multiple else -(-longest // multiple) * multiple
+
+
+def make_batch(
+    examples: Sequence[TokenizedExample],
+    branches: Sequence[Branch],
+    sequences: Sequence[CompletionSequence],
+    *,
+    model_inputs: dict[str, torch.Tensor],
+    predict_from: Sequence[int],
+    weight: float,
+) -> PreferenceBatch:
+    """What all layouts share: targets in sequence order, the layout of the branches, counts."""
+    targets = [sequence.ids[place] for sequence in sequences for place in sequence.scored]
+    return PreferenceBatch(
+        model_inputs=model_inputs,
+        predict_from=torch.tensor(predict_from, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        layout=branch_layout([len(sequence.scored) for sequence in sequences], branches),
+        pair_weights=torch.full((len(examples),), weight, dtype=torch.float32),
+        rows=tuple(example.row for example in examples),
+        num_model_tokens=sum(len(sequence) for sequence in sequences) if weight else 0,
+        ref_sum_logps=reference_sums(examples),
+    )

@@ -1,0 +1,1 @@
+"""The command line: it parses into the same configs, which go to the same trainers."""

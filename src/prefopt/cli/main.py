@@ -1,0 +1,111 @@
+"""The command ``prefopt``: each command imports only what it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prefopt.cli.usage import COMMANDS, METHODS, method_usage, usage
+
+__all__ = ["main"]
+
+HELP_FLAGS = {"-h", "--help"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 for a mistake in what the user gave."""
+    command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in HELP_FLAGS | {"--help-all"}:
+        print(usage())
+        return 0
+    if command in METHODS and HELP_FLAGS & set(arguments):
+        print(method_usage(command))
+        return 0
+    try:
+        return _run(command, arguments)
+    except UserError as error:
+        if os.environ.get("PREFOPT_TRACEBACK"):
+            raise
+        print(f"prefopt: {error}", file=sys.stderr)
+        return 2
+
+
+class UserError(Exception):
+    """A mistake in the command line, a run file or the data: one message; PREFOPT_TRACEBACK=1 shows the traceback."""
+
+
+@contextmanager
+def _users_mistakes() -> Iterator[None]:
+    """What goes wrong within is the user's to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command in METHODS:
+        return _train(command, arguments)
+    if command == "train":
+        return _train_file(arguments)
+    if command == "env":
+        from prefopt.cli.env import main as env
+
+        return env(arguments)
+    if command == "quickstart":
+        from prefopt.quickstart.run import main as quickstart
+
+        return quickstart(arguments) or 0
+    from prefopt.cli.run_file import nearest
+
+    raise UserError(f"there is no command {command!r}{nearest(command, COMMANDS)}; see prefopt --help")
+
+
+def _train_file(arguments: list[str]) -> int:
+    """``prefopt train RUN.yaml --option value``."""
+    if not arguments or HELP_FLAGS & set(arguments):
+        print(f"usage: prefopt train RUN.yaml [--option value ...]\n\n{COMMANDS['train']}")
+        return 0
+    path, *options = arguments
+    if path.startswith("-"):
+        raise UserError("prefopt train wants the run file first: prefopt train RUN.yaml --option value")
+    from prefopt.cli.run_file import read_run_file
+
+    with _users_mistakes():
+        run_file = read_run_file(path)
+        method = run_file.values.get("method", "dpo")
+        if method not in METHODS:
+            raise ValueError(f"{run_file.where('method')}: method={method!r}: must be one of {', '.join(METHODS)}")
+    return _train(method, ["--config", path, *options])
+
+
+def _train(method: str, arguments: list[str]) -> int:
+    """Checks the names of all options, then the options, and only then loads anything."""
+    if "--help-all" in arguments:
+        from prefopt.cli.train import make_parser
+
+        make_parser(method).print_help()
+        return 0
+    from prefopt.cli.names import check_names
+
+    with _users_mistakes():
+        check_names(method, arguments)
+
+    from prefopt.cli.launch import launch, plan_launch
+    from prefopt.cli.train import make_parser, make_trainer, train
+
+    with _users_mistakes():
+        *configs, rest = make_parser(method).parse_args_and_config(arguments, return_remaining_strings=True)
+        plan = plan_launch(method, arguments, rest)
+    if plan is not None:
+        launch(plan)
+    with _users_mistakes():
+        trainer = make_trainer(method, *configs)
+    train(trainer, configs[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The key under which ``datasets`` keeps a prepared set: everything its content depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from datasets.fingerprint import Hasher
+
+from prefopt.data.template import tokenizer_of
+
+__all__ = ["cache_key"]
+
+
+def cache_key(dataset: Any, processing_class: Any, *settings: Any) -> str:
+    """A fingerprint of the rows, the tokenizer's content, its templates, ``settings``, and the code that prepares.
+
+    Names and paths are not part of it: the same tokenizer under another path gives the same key.
+    """
+    hasher = Hasher()
+    versions = (transformers.__version__, tokenizers.__version__)
+    for part in (dataset._fingerprint, _tokenizer_content(processing_class), settings, versions, _code()):
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def _tokenizer_content(processing_class: Any) -> list[Any]:
+    tokenizer = tokenizer_of(processing_class)
+    if tokenizer.is_fast:
+        text = tokenizer.backend_tokenizer.to_str()
+        # What stands before the added tokens is the padding and truncation of the last call.
+        vocabulary: Any = text[text.index('"added_tokens"') :]
+    else:
+        vocabulary = (tokenizer.get_vocab(), {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"})
+    templates = [getattr(part, "chat_template", None) for part in (processing_class, tokenizer)]
+    return [type(tokenizer).__qualname__, vocabulary, templates, dict(tokenizer.special_tokens_map)]
+
+
+def _code() -> list[bytes]:
+    """The source of this folder: a release that prepares otherwise finds no old rows."""
+    return [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]

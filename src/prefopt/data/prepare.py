@@ -1,0 +1,179 @@
+"""A data set in any accepted format as token ids: once, in batches and in parallel, cached by content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from prefopt.data.cache import cache_key
+from prefopt.data.encode import RowEncoder, prepared_columns, refusal
+from prefopt.data.report import PrepareReport, skip_reason
+from prefopt.data.schema import check_columns
+from prefopt.data.truncate import TruncationMode
+from prefopt.types import COLUMN_OF_BRANCH, Branch, TokenizedExample
+
+__all__ = ["PrepareOptions", "prepare_dataset", "prepare_report", "tokenized_example"]
+
+_BATCH_ROWS = 256
+_STREAM_BATCH_ROWS = 32
+_REPORT = "_prefopt_report"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How rows become token ids.
+
+    Args:
+        branches: completions that are needed; ``("chosen", "rejected")``, or with ``"gold"`` for TPO.
+        max_length: tokens of prompt + completion that are kept; ``None``: all.
+        truncation_mode: ``keep_start`` or ``keep_end``.
+        num_proc: processes for sets that are not streamed.
+        on_bad_row: what a row with nothing to learn from does: ``skip`` (counted and named) or ``error``.
+    """
+
+    branches: tuple[Branch, ...]
+    max_length: int | None
+    truncation_mode: TruncationMode
+    num_proc: int | None = None
+    on_bad_row: Literal["skip", "error"] = "skip"
+
+    def __post_init__(self) -> None:
+        for option, value, allowed in (
+            ("truncation_mode", self.truncation_mode, ("keep_start", "keep_end")),
+            ("on_bad_row", self.on_bad_row, ("skip", "error")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{option} is {value!r}; set it to {' or '.join(map(repr, allowed))}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; set it to at least 1, or None for no truncation.")
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset, processing_class: Any, options: PrepareOptions, *, name: str
+) -> Dataset | IterableDataset:
+    """The rows that can be trained on, as token ids, cut to ``max_length``; a prepared set is returned as it is.
+
+    Columns: ``row`` (number in ``dataset``), ``prompt_ids``, and for every completion ``<c>_ids`` and ``<c>_mask``
+    (which tokens are trained on), with ``keep_end`` also ``<c>_prompt_start`` (index into ``prompt_ids`` of the first
+    token kept for this completion), and ``ref_chosen_logps``, ``ref_rejected_logps`` where they were given.
+
+    Args:
+        dataset: rows in any format of docs/data.md.
+        processing_class: tokenizer, or a processor that holds one.
+        options: see :class:`PrepareOptions`.
+        name: how messages call the set, e.g. ``"train"``.
+
+    Raises:
+        TypeError: ``dataset`` is no data set.
+        ValueError: a row is broken (row, column and fix are named), or no row is left (with the reasons). A stream
+            raises these when it is read.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        fix = "Use Dataset.from_list, Dataset.from_dict or load_dataset; of a DatasetDict, give one of its splits."
+        raise TypeError(f"{name} data: expected a Dataset or an IterableDataset, got {type(dataset).__name__}. {fix}")
+    if isinstance(dataset, Dataset) and not len(dataset):
+        PrepareReport(name).finish()
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if set(prepared_columns(options.branches, False, False, False)) <= set(columns):
+        return dataset
+    if columns:
+        try:
+            check_columns(columns, options.branches)
+        except ValueError as error:
+            raise ValueError(f"{name} data: {error}") from None
+    prepare = _prepare_rows if isinstance(dataset, Dataset) else _prepare_stream
+    return prepare(cast(Any, dataset), columns, processing_class, options, name)
+
+
+def _prepare_rows(
+    dataset: Dataset, columns: Sequence[str], processing_class: Any, options: PrepareOptions, name: str
+) -> Dataset:
+    settings = (options.branches, options.max_length, options.truncation_mode)
+    mapped = dataset.with_format(None).map(
+        RowEncoder(processing_class, *settings, name),
+        batched=True,
+        batch_size=_BATCH_ROWS,
+        with_indices=True,
+        remove_columns=list(columns),
+        features=_features(options, "ref_chosen_logps" in columns, with_status=True),
+        num_proc=options.num_proc,
+        new_fingerprint=cache_key(dataset, processing_class, *settings),
+        desc=f"Tokenising {name} data",
+    )
+    report, kept = PrepareReport(name), []
+    for row, status in enumerate(mapped.data.column("status").to_pylist()):
+        report.add(row, status)
+        reason = skip_reason(status)
+        if reason is None:
+            kept.append(row)
+        elif options.on_bad_row == "error":
+            raise ValueError(refusal(name, row, reason))
+    report.finish()
+    prepared = mapped.remove_columns(["status"])
+    prepared = prepared if len(kept) == len(mapped) else prepared.select(kept)
+    setattr(prepared, _REPORT, report)
+    return prepared
+
+
+class PreparedStream(IterableDataset):
+    """A prepared stream: when it has been read to its end, it says what was skipped."""
+
+    def __iter__(self) -> Iterator[Any]:
+        report = prepare_report(self)
+        report.restart()
+        yield from super().__iter__()
+        report.finish()
+
+
+def _prepare_stream(
+    dataset: IterableDataset, columns: Sequence[str], processing_class: Any, options: PrepareOptions, name: str
+) -> IterableDataset:
+    report = PrepareReport(name)
+    settings = (options.branches, options.max_length, options.truncation_mode)
+    stream = dataset.with_format(None).map(
+        RowEncoder(processing_class, *settings, name, options.on_bad_row, report),
+        batched=True,
+        batch_size=_STREAM_BATCH_ROWS,
+        with_indices=True,
+        remove_columns=list(columns),
+        features=_features(options, "ref_chosen_logps" in columns, with_status=False),
+    )
+    stream.__class__ = PreparedStream  # `map` makes a plain IterableDataset, and offers no hook for the stream's end
+    setattr(stream, _REPORT, report)
+    return stream
+
+
+def _features(options: PrepareOptions, with_reference: bool, with_status: bool) -> Features:
+    types = {"ids": List(Value("int32")), "mask": List(Value("bool")), "int": Value("int64"), "float": Value("float64")}
+    with_starts = options.max_length is not None and options.truncation_mode == "keep_end"
+    kinds = prepared_columns(options.branches, with_reference, with_starts, with_status)
+    return Features({column: types[kind] for column, kind in kinds.items()})
+
+
+def prepare_report(dataset: Dataset | IterableDataset) -> PrepareReport:
+    """What :func:`prepare_dataset` skipped and noticed; ``dataset`` is what it returned, itself.
+
+    Raises:
+        ValueError: the set was not returned by ``prepare_dataset`` (sets derived from it do not count).
+    """
+    report = getattr(dataset, _REPORT, None)
+    if report is None:
+        raise ValueError("This data set has no report. Give the one that prepare_dataset returned, not one made of it.")
+    return report
+
+
+def tokenized_example(row: Mapping[str, Any], branches: Sequence[Branch]) -> TokenizedExample:
+    """A prepared row as a :class:`~prefopt.types.TokenizedExample` with the completions of ``branches``."""
+    columns: dict[Branch, str] = {branch: COLUMN_OF_BRANCH[branch] for branch in branches}
+    given = row.get("ref_chosen_logps") is not None
+    return TokenizedExample(
+        row=row.get("row", -1),
+        prompt_ids=row["prompt_ids"],
+        completion_ids={branch: row[f"{column}_ids"] for branch, column in columns.items()},
+        loss_masks={branch: row[f"{column}_mask"] for branch, column in columns.items()},
+        ref_sum_logps={"chosen": row["ref_chosen_logps"], "rejected": row["ref_rejected_logps"]} if given else None,
+        prompt_starts={branch: row.get(f"{column}_prompt_start", 0) for branch, column in columns.items()},
+    )

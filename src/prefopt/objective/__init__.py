@@ -1,0 +1,20 @@
+"""An `Objective`: bound losses, the added NLL, and what they need from the rest of the program.
+
+`tables` says which name means which function, `rules` which options go together, `core` puts them to work.
+"""
+
+from prefopt.objective.core import Objective, build_objective
+from prefopt.objective.options import Method, ObjectiveOptions
+from prefopt.objective.rules import objective_mistakes, objective_warnings
+from prefopt.objective.tables import DIVERGENCES, LOSSES
+
+__all__ = [
+    "DIVERGENCES",
+    "LOSSES",
+    "Method",
+    "Objective",
+    "ObjectiveOptions",
+    "build_objective",
+    "objective_mistakes",
+    "objective_warnings",
+]

@@ -1,0 +1,142 @@
+"""From a prepared data set to one with reference log-probs, computing only what the cache does not know.
+
+The pass itself belongs to the trainer, which knows devices and ranks:
+
+    keys = row_keys(dataset, ld_alpha=objective.ld_alpha)
+    todo = dataset.select(missing_rows(cache, keys))
+    key_of_row = dict(zip(dataset["row"], keys))
+    for batch in batches(todo):
+        record(cache, key_of_row, batch, reference(batch))
+    cache.flush()
+    dataset = with_reference_logps(dataset, keys, cache)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefopt.reference.cache import KEY_BYTES, ReferenceCache
+from prefopt.types import PAIR, Branch, PreferenceBatch, SequenceStats
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["missing_rows", "record", "row_key", "row_keys", "with_reference_logps"]
+
+REFERENCE_COLUMNS: dict[Branch, str] = {branch: f"ref_{branch}_logps" for branch in PAIR}
+
+NOT_CONTENT = frozenset({"row", *REFERENCE_COLUMNS.values()})
+"""Columns of a prepared row that do not decide its log-probs."""
+
+
+def row_keys(rows: Iterable[Mapping[str, Any]], *, ld_alpha: float | None = None) -> list[bytes]:
+    """`row_key` of each row."""
+    return [row_key(row, ld_alpha=ld_alpha) for row in rows]
+
+
+def row_key(row: Mapping[str, Any], *, ld_alpha: float | None = None) -> bytes:
+    """What is scored, as 16 bytes: every column of a prepared row but its number, and LD-DPO's alpha.
+
+    The columns hold the token ids after truncation, the loss masks and where each prompt starts, so that options that
+    change what is scored change the key, and options that do not (learning rate, batch size, order) leave it alone.
+    Two rows with equal keys have equal log-probs under one reference.
+
+    Raises:
+        TypeError: a column holds something that has no canonical form.
+    """
+    digest = blake2b(digest_size=KEY_BYTES)
+    digest.update(f"1;{ld_alpha!r}".encode())
+    for column in sorted(row.keys() - NOT_CONTENT):
+        digest.update(f";{len(column)}:{column}=".encode())
+        try:
+            digest.update(canonical(row[column]))
+        except TypeError as error:
+            raise TypeError(
+                f"Column {column!r} of row {row.get('row', '?')} holds {error}, of which no key can be made for the "
+                "cache of reference log-probs. Remove the column, or set `precompute_ref_log_probs=False`."
+            ) from None
+    return digest.digest()
+
+
+def canonical(value: Any) -> bytes:
+    """Bytes that equal values share, whether they are lists or arrays; each with its length in front."""
+    if value is None or isinstance(value, str):
+        return framed("text", repr(value).encode())
+    if isinstance(value, bytes):
+        return framed("bytes", value)
+    if isinstance(value, Mapping):
+        return framed("map", b"".join(canonical(key) + canonical(value[key]) for key in sorted(value)))
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return framed("list", b"".join(canonical(item) for item in value))
+    if array.size == 0 or array.dtype.kind in "biu":
+        return framed(f"int{array.shape}", array.astype("<i8").tobytes())
+    if array.dtype.kind == "f":
+        return framed(f"float{array.shape}", array.astype("<f8").tobytes())
+    if array.ndim == 0:
+        raise TypeError(type(value).__name__)
+    return framed("list", b"".join(canonical(item) for item in value))
+
+
+def framed(kind: str, content: bytes) -> bytes:
+    return f"{kind}:{len(content)}:".encode() + content
+
+
+def missing_rows(cache: ReferenceCache, keys: Sequence[bytes]) -> list[int]:
+    """Indices of the rows to compute: those the cache does not know, equal rows once."""
+    first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in cache}
+    return sorted(first.values())
+
+
+def record(
+    cache: ReferenceCache,
+    key_of_row: Mapping[int, bytes],
+    batch: PreferenceBatch,
+    stats: Mapping[Branch, SequenceStats],
+) -> None:
+    """Put a batch's log-probs into the cache; dummies (weight 0) are left out.
+
+    Args:
+        cache: where to.
+        key_of_row: row number -> key.
+        batch: the batch that was scored.
+        stats: branch -> what the reference gave.
+
+    Raises:
+        ValueError: a log-prob is not finite; names the row.
+    """
+    sums = zip(*(stats[branch].sum_logps.tolist() for branch in PAIR), strict=True)
+    for row, weight, values in zip(batch.rows, batch.pair_weights.tolist(), sums, strict=True):
+        if weight == 0:
+            continue
+        if not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"The reference gives row {row} the log-probs {values} (chosen, rejected), against which nothing can "
+                "be trained. Look for NaN in its weights, or compute in bfloat16 or float32 instead of float16."
+            )
+        cache.put({key_of_row[row]: values})
+
+
+def with_reference_logps(dataset: Dataset, keys: Sequence[bytes], cache: ReferenceCache) -> Dataset:
+    """``dataset`` with the columns ``ref_chosen_logps`` and ``ref_rejected_logps`` from the cache.
+
+    Raises:
+        ValueError: the cache lacks rows (the pass over `missing_rows` did not come before, or not on every rank).
+    """
+    values = cache.get(keys)
+    lacking = [index for index, value in enumerate(values) if value is None]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of {len(keys)} rows have no reference log-probs, the first at index {lacking[0]}. Score "
+            "`missing_rows`, and give every rank the others' `pending` entries, before the columns are added."
+        )
+    dataset = dataset.remove_columns([c for c in REFERENCE_COLUMNS.values() if c in dataset.column_names])
+    for branch, column in REFERENCE_COLUMNS.items():
+        dataset = dataset.add_column(column, [value[branch] for value in values if value is not None])
+    return dataset

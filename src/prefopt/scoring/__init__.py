@@ -1,0 +1,1 @@
+"""Scores of completions: the patched forward, segment attention, the oracle, and which layout a model can take."""

@@ -1,0 +1,135 @@
+"""Which batch layout a model can take: decided from its config, then tried on one real pair.
+
+Packing puts other sequences into the same row. Attention can be told to keep them apart; a recurrent or convolutional
+layer, an attention that counts rows (ALiBi) or chunks them cannot. The config says which layers there are, but not
+whether the code does as it says: so the first use compares the layout with the padded one and the plain scorer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefopt.batching import pack_batch, pad_batch, share_batch
+from prefopt.scoring.attention import segment_attention
+from prefopt.scoring.forward import innermost, score, use_full_logits
+from prefopt.scoring.plain import plain_scores
+from prefopt.types import Branch, PreferenceBatch, TokenizedExample
+
+__all__ = ["LayoutChoice", "choose_layout", "why_not_packed"]
+
+LAYOUTS: dict[str, Callable[[Sequence[TokenizedExample], Sequence[Branch]], PreferenceBatch]] = {
+    "shared_prompt": share_batch,
+    "packed": pack_batch,
+    "padded": pad_batch,
+}
+SEGMENT_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_OPTIONS = ("layers_block_type", "block_types", "mamba_d_state", "ssm_state_size", "conv_L_cache", "state_size")
+
+PACKABLE_ANYWAY = frozenset({"stablelm"})
+"""Model types that use transformers' attention registry without declaring it."""
+
+FLOAT32_TOLERANCE = 1e-4
+"""Nats per token, mean over a pair: summation in another order moves float32 log-probs by about 1e-6."""
+HALF_TOLERANCE = 5e-2
+"""The same for bfloat16 and float16, whose forward passes differ by about 1e-2 between two equal layouts."""
+
+PROBE_TOKENS = 48
+"""Tokens of the prompt and of each completion in the trial: enough to tell, small enough to cost nothing."""
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The layout, and why it is not the one before it in the chain ``shared_prompt -> packed -> padded``."""
+
+    layout: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        why = "; ".join(self.reasons)
+        return f"batch layout: {self.layout}" + (f" ({why})" if why else "")
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Why sequences of this model cannot share a row, as far as its config and class tell; None where they can."""
+    inner = innermost(model)
+    config = inner.config.get_text_config()
+    name = type(inner).__name__
+    other_layers = set(getattr(config, "layer_types", None) or ()) - SEGMENT_LAYERS
+    if other_layers:
+        return f"{name} has layers that are no plain attention: {', '.join(sorted(other_layers))}"
+    recurrent = [option for option in RECURRENT_OPTIONS if getattr(config, option, None)]
+    if recurrent:
+        return f"{name} has recurrent or convolutional layers ({recurrent[0]} in its config)"
+    if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
+        return f"the attention of {name} counts rows (ALiBi or chunks), not places in a sequence"
+    if not getattr(inner, "_supports_attention_backend", False) and config.model_type not in PACKABLE_ANYWAY:
+        return f"{name} does not take its attention function from transformers' registry"
+    peft_config = getattr(model, "peft_config", {})
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in dict(peft_config).values()):
+        return "prompt learning puts virtual tokens in front of every row"
+    return None
+
+
+def choose_layout(
+    model: nn.Module, wanted: str, example: TokenizedExample | None, branches: Sequence[Branch]
+) -> LayoutChoice:
+    """The first layout from ``wanted`` on that the model computes rightly.
+
+    Args:
+        model: unwrapped, with `install` done.
+        wanted: ``auto`` or the name of a layout.
+        example: a real pair to try it on; None trusts the config.
+        branches: the completions of a pair.
+
+    Returns:
+        The choice. The plain scorer is taken for the model where its head does not do what its config says.
+    """
+    chain = list(LAYOUTS)
+    chain = chain[0 if wanted == "auto" else chain.index(wanted) :]
+    reasons: list[str] = []
+    obstacle = why_not_packed(model)
+    if obstacle and chain[0] != "padded":
+        chain, reasons = ["padded"], [obstacle]
+    if example is None:
+        return LayoutChoice(chain[0], tuple(reasons))
+    example = shortened(example)
+    expected = trial(model, plain_scores, pad_batch([example], branches))
+    tolerance = FLOAT32_TOLERANCE if innermost(model).dtype == torch.float32 else HALF_TOLERANCE
+    for layout in chain:
+        difference = (trial(model, score, LAYOUTS[layout]([example], branches)) - expected).abs().mean().item()
+        if difference <= tolerance:
+            return LayoutChoice(layout, tuple(reasons))
+        reasons.append(f"{layout} differs from the plain forward by {difference:.1e} nats a token on a trial pair")
+    use_full_logits(model)
+    return LayoutChoice("padded", (*reasons, "scoring with the model's full logits"))
+
+
+def trial(model: nn.Module, scorer: Callable[[Any, PreferenceBatch], Any], batch: PreferenceBatch) -> Tensor:
+    """[N] log-probs of a batch without gradients or dropout."""
+    inner: PreTrainedModel = innermost(model)
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    with torch.no_grad(), segment_attention(inner):
+        logps = scorer(model, batch.to(inner.device)).tokens.logps
+    for part in training:
+        part.training = True
+    return logps.float()
+
+
+def shortened(example: TokenizedExample) -> TokenizedExample:
+    """The pair with at most `PROBE_TOKENS` of its prompt and of each completion, all of them scored."""
+    completions = {branch: tuple(islice(ids, PROBE_TOKENS)) for branch, ids in example.completion_ids.items()}
+    return replace(
+        example,
+        prompt_ids=tuple(example.prompt_ids)[-PROBE_TOKENS:],
+        completion_ids=completions,
+        loss_masks={branch: (True,) * len(ids) for branch, ids in completions.items()},
+        prompt_starts={},
+    )

@@ -1,0 +1,163 @@
+"""Scoring through the model's own forward, so that every wrapper around it stays in force.
+
+DDP reduces gradients, FSDP gathers parameters and PEFT applies adapters only when the *wrapped module is called*.
+Therefore `install` patches ``forward`` on the model instance: with our keyword argument it runs the body, takes the
+rows that predict a completion token and calls the head on those alone; without it, it is the original forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefopt.scoring.tokens import stats_of_logits, tiled_stats
+from prefopt.scoring.transforms import logit_transform
+from prefopt.types import PreferenceBatch, Scores, Statistic
+
+__all__ = ["innermost", "install", "score", "use_full_logits"]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What `score` asks of the patched forward."""
+
+    predict_from: Tensor
+    targets: Tensor
+    row_length: int
+    statistics: frozenset[Statistic]
+    with_aux_loss: bool
+
+
+def innermost(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT, DDP and compile wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif not isinstance(model, PreTrainedModel) and hasattr(model, "module"):
+            model = model.module  # type: ignore[assignment]
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model  # type: ignore[return-value]
+
+
+def install(model: nn.Module) -> None:
+    """Teach the model to score; once is enough, and copies of the model know it too."""
+    inner = innermost(model)
+    if "_prefopt_forward" in vars(inner):
+        return
+    original = inner.forward
+    # A bound method in the instance is bound anew by deepcopy; a closure over `inner` would not be.
+    inner._prefopt_forward = original  # type: ignore[assignment]
+
+    @functools.wraps(getattr(original, "__func__", original))
+    def forward(self: Any, *args: Any, score_request: ScoreRequest | None = None, **kwargs: Any) -> Any:
+        if score_request is None:
+            return self._prefopt_forward(*args, **kwargs)
+        return score_rows(self, score_request, *args, **kwargs)
+
+    inner.forward = MethodType(forward, inner)
+
+
+def score(
+    model: nn.Module,
+    batch: PreferenceBatch,
+    statistics: frozenset[Statistic] = frozenset(),
+    *,
+    with_aux_loss: bool = False,
+) -> Scores:
+    """The scores of a batch under a model on which `install` was called (or a wrapper of one).
+
+    Args:
+        model: the model, wrapped or not.
+        batch: P pairs; its tensors on the model's device.
+        statistics: token statistics wanted beyond the log-probs.
+        with_aux_loss: also the load-balancing loss of a mixture of experts.
+    """
+    request = ScoreRequest(
+        predict_from=batch.predict_from,
+        targets=batch.targets,
+        row_length=batch.model_inputs["input_ids"].shape[1],
+        statistics=statistics,
+        with_aux_loss=with_aux_loss,
+    )
+    return model(**batch.model_inputs, use_cache=False, score_request=request)
+
+
+def use_full_logits(model: nn.Module) -> None:
+    """Score this model from its own logits of every position: for a head that its config does not describe."""
+    innermost(model)._prefopt_full_logits = True  # type: ignore[assignment]
+
+
+def score_rows(model: PreTrainedModel | Any, request: ScoreRequest, *args: Any, **kwargs: Any) -> Scores:
+    """The patched forward: body, rows, head."""
+    inputs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
+    if request.with_aux_loss:
+        inputs["output_router_logits"] = True
+    if getattr(model, "_prefopt_full_logits", False):
+        outputs = model._prefopt_forward(*args, **inputs)
+        logits = outputs.logits.flatten(0, 1)[shifted(request, outputs.logits.shape[1])]
+        return Scores(stats_of_logits(logits, request.targets, request.statistics), getattr(outputs, "aux_loss", None))
+    outputs = body_of(model)(*args, **inputs)
+    hidden = outputs.last_hidden_state
+    rows = hidden.flatten(0, 1).index_select(0, shifted(request, hidden.shape[1]).to(hidden.device))
+    head, transform = head_of(model), logit_transform(model.config)
+    tokens = tiled_stats(
+        lambda rows: transform(head(rows)),
+        rows,
+        request.targets.to(hidden.device),
+        vocab_size_of(model),
+        request.statistics,
+    )
+    aux_loss = aux_loss_of(model, outputs.router_logits, inputs.get("attention_mask")) if request.with_aux_loss else None
+    return Scores(tokens, aux_loss)
+
+
+def shifted(request: ScoreRequest, row_length: int) -> Tensor:
+    """``predict_from`` for rows that an adapter lengthened in front by virtual tokens (prompt tuning)."""
+    virtual = row_length - request.row_length
+    if not virtual:
+        return request.predict_from
+    row, place = request.predict_from // request.row_length, request.predict_from % request.row_length
+    return row * row_length + virtual + place
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head."""
+    body = model.base_model
+    if body is model:
+        body = getattr(model, "model", model)
+    if body is model:
+        raise ValueError(
+            f"{type(model).__name__} has no separate body: its `base_model_prefix` ({model.base_model_prefix!r}) names "
+            "no attribute. prefopt scores models with a body and an output embedding; use a `...ForCausalLM` class."
+        )
+    return body
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The module that turns hidden states into logits (with an adapter on it, the adapter's module)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings, so it cannot predict tokens.")
+    return head
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss by the function of the model's own file; a packed row has no padding to mask."""
+    loss = sys.modules[type(model).__module__].load_balancing_loss_func
+    config = model.config.get_text_config()
+    num_experts = getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
+    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+    return loss(router_logits, num_experts, config.num_experts_per_tok, mask)

@@ -1,0 +1,48 @@
+"""What a model does to its logits after the head: a factor, then a soft cap.
+
+The names are those of transformers' configs. Whether the table holds for a model is not assumed: `scoring.check`
+compares with the model's own forward before training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LogitTransform", "logit_transform"]
+
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling",)
+MULTIPLIES_BY_LOGITS_SCALING = frozenset({"hyperclovax"})
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """``cap * tanh(factor * z / cap)``, or ``factor * z`` without a cap."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The transform a text config describes."""
+    config = config.get_text_config()
+    factor = 1.0
+    for name in MULTIPLIERS:
+        factor *= getattr(config, name, None) or 1.0
+    for name in DIVISORS:
+        scaling = getattr(config, name, None) or 1.0
+        factor = factor * scaling if config.model_type in MULTIPLIES_BY_LOGITS_SCALING else factor / scaling
+    caps = [cap for name in SOFT_CAPS if (cap := getattr(config, name, None))]
+    return LogitTransform(factor, caps[0] if caps else None)

@@ -1,0 +1,386 @@
+"""The trainer under the three public ones: transformers' trainer with preference data, a reference and an objective.
+
+Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks, checkpoints) is
+transformers' and accelerate's. The hooks that are overridden, here and in the two classes below it:
+
+====================================== ==========================================================================
+hook                                   why
+====================================== ==========================================================================
+``get_*_dataloader``                   an item is a whole optimizer step, planned alike on every rank
+``_inner_training_loop``               the loop must not accumulate: the step already has its micro-batches
+``training_step``                      micro-batches, gradient sync on the last, denominators of the whole step
+``_get_grad_norm``                     the one host sync of a step: stop before a NaN reaches the weights
+``evaluation_loop``                    exact sums over rows instead of means of batch means
+``train``, ``evaluate``, ``predict``   the model understands packed rows meanwhile; raw data sets are taken
+``log``, ``_save/_load_optimizer_..``  the metric sums, also over a resume
+``_save``, ``create_model_card``       the user's arguments and a card with every checkpoint
+``call_model_init``                    an adapter and a fresh reference for each trial
+====================================== ==========================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from prefopt.batching import DataCollatorForPreference, DataCollatorForTriplePreference
+from prefopt.data import PrepareOptions, prepare_dataset, tokenized_example
+from prefopt.reference import Precomputed, ReferencePolicy, make_reference
+from prefopt.reference.policy import SeparateModel
+from prefopt.scoring.attention import segment_attention
+from prefopt.scoring.capability import LayoutChoice, choose_layout
+from prefopt.scoring.forward import innermost, install
+from prefopt.trainer.batches import collate_into, collate_with, epoch_order, group_lengths, loader_options
+from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback
+from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.evaluation import EvaluatingTrainer
+from prefopt.trainer.loader import Collate, Geometry, StepLoader, make_loader
+from prefopt.trainer.model_card import write_model_card
+from prefopt.trainer.precompute import with_precomputed_logps
+from prefopt.trainer.setup import (
+    aux_weight,
+    disable_dropout,
+    load_config,
+    load_model,
+    load_processing_class,
+    model_name,
+    wrap_with_adapter,
+)
+from prefopt.types import Branch
+
+__all__ = ["PreferenceTrainer"]
+
+logger = logging.get_logger(__name__)
+
+EvalSets = Any
+"""None, a data set, or a dict of data sets."""
+
+
+class PreferenceTrainer(EvaluatingTrainer):
+    """Trains a model on preference data; a subclass names its method and config, and may order the arguments.
+
+    Args:
+        model: path or hub id, ``PreTrainedModel``, or ``PeftModel``.
+        ref_model: the reference; None takes what the policy starts from.
+        args: the config; None makes one that writes to ``<model>-<METHOD>``.
+        data_collator: makes padded batches of prepared rows; None builds batches in the model's layout.
+        train_dataset: ``datasets.Dataset`` or ``IterableDataset``, in any format of docs/data.md.
+        eval_dataset: the same, or a dict of several.
+        processing_class: tokenizer or processor; None loads the model's.
+        compute_metrics: gets `PairPredictions` and `PairLengths`.
+        callbacks, optimizers, preprocess_logits_for_metrics: as in ``transformers.Trainer``.
+        quantization_config: for a model given by name.
+        peft_config: trains a new adapter of this kind.
+        model_init: makes the model, anew for each trial; then ``model`` is None.
+        tokenizer: older name of ``processing_class``.
+
+    Raises:
+        ValueError, TypeError: with what to change, before anything is trained.
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[PreferenceConfig]]
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: EvalSets = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        model_init: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
+        check_given(model, model_init, train_dataset, processing_class or tokenizer)
+        self.objective = args.objective()
+        self.given_reference, self.peft_config = ref_model, peft_config
+        self.reference_updates = updates_reference(args, callbacks)
+        processing_class = load_processing_class(processing_class or tokenizer, model, args)
+        config = load_config(model, args)
+        self.prepare_options = prepare_options(args, self.objective.branches, config)
+        self.args, self.processing_class = args, processing_class  # needed before the parent's constructor sets them
+        self.train_dataset = train_dataset = self.prepared(train_dataset, "train")
+        eval_dataset = self.prepared_sets(eval_dataset)
+        if model is not None:
+            model = self.ready_model(load_model(model, args, quantization_config))
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.collate_given = data_collator
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or self.default_collator(tokenizer.pad_token_id, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.start_window()
+        self.layout = self.chosen_layout()
+        if getattr(args, "sync_ref_model", False):
+            self.add_callback(SyncReferenceCallback(self.reference, args))  # type: ignore[arg-type]
+
+    # -- model and reference -------------------------------------------------------------------------------------
+
+    def ready_model(self, model: Any) -> Any:
+        """The model with its adapter, without dropout, able to score; its reference is taken here."""
+        args = self.args
+        if self.peft_config is not None:
+            model = wrap_with_adapter(model, self.peft_config, args)
+        if args.disable_dropout:
+            disable_dropout(model)
+        if args.gradient_checkpointing and hasattr(model, "peft_config"):
+            model.enable_input_require_grads()
+        install(model)
+        innermost(model).add_model_tags(["prefopt", self.method])
+        self.aux_weight = aux_weight(innermost(model), args)
+        self.reference, self.placed_reference = self.made_reference(model), None
+        self.unchecked_identity = args.disable_dropout
+        return model
+
+    def made_reference(self, model: Any) -> ReferencePolicy | None:
+        """What the policy is compared with, as it is now; None for an objective that needs none."""
+        if not self.objective.needs_reference:
+            return None
+        args: Any = self.args
+        given = self.given_reference
+        if isinstance(given, str):
+            given = load_model(given, args)
+        if given is not None and args.disable_dropout:
+            disable_dropout(given)
+        return make_reference(
+            model,
+            given,
+            precomputed=args.precompute_ref_log_probs or has_reference_logps(self.train_dataset),
+            updates=self.reference_updates,
+            ld_alpha=args.ld_alpha,
+            model_adapter_name=args.model_adapter_name,
+            ref_adapter_name=args.ref_adapter_name,
+            force_use_ref_model=args.force_use_ref_model,
+        )
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the mixture-of-experts load-balancing loss is part of the loss."""
+        return bool(self.aux_weight)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's own model; None where it is the policy without adapter, precomputed, or not needed."""
+        return self.reference.model if isinstance(self.reference, SeparateModel) else None
+
+    def place_reference(self) -> None:
+        """A reference model of its own goes to the device and under the run's precision; once."""
+        reference = self.model_reference
+        if isinstance(reference, SeparateModel) and reference is not self.placed_reference:
+            reference.model = self.accelerator.prepare_model(reference.model, evaluation_mode=True)
+            self.placed_reference = reference
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return self.ready_model(super().call_model_init(trial))
+
+    def models(self) -> list[Any]:
+        """The transformers models that score: the policy's, and the reference's own."""
+        own = self.model_reference
+        return [innermost(self.model), *([innermost(own.model)] if isinstance(own, SeparateModel) else [])]
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def prepared(self, dataset: Any, name: str) -> Any:
+        """A data set as token ids; one that is prepared already as it is."""
+        with PartialState().main_process_first():
+            return prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name)
+
+    def prepared_sets(self, sets: EvalSets) -> EvalSets:
+        """The same for None, a set, or a dict of several."""
+        if sets is None or isinstance(sets, str):
+            return sets
+        if isinstance(sets, dict):
+            return {name: self.prepared(dataset, name) for name, dataset in sets.items()}
+        return self.prepared(sets, "eval")
+
+    def default_collator(self, pad_token_id: int, args: PreferenceConfig) -> DataCollatorForPreference:
+        """The collator that makes the padded batches of these rows, for users who look at ``data_collator``."""
+        options: Any = {"pad_token_id": pad_token_id, "pad_to_multiple_of": args.pad_to_multiple_of}
+        if self.method == "tpo":
+            return DataCollatorForTriplePreference(include_reference="gold" in self.objective.branches, **options)
+        return DataCollatorForPreference(**options)
+
+    def chosen_layout(self) -> LayoutChoice:
+        """The batch layout, tried on the first pair; said in one line."""
+        wanted = "padded" if self.collate_given is not None else self.args.batch_layout
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        row = None if sharded else next(iter(self.train_dataset), None)
+        branches = self.objective.branches
+        example = tokenized_example(row, branches) if row else None
+        choice = LayoutChoice(wanted)
+        for model in self.models():
+            choice = choose_layout(model, choice.layout, example, branches)
+        fell_back = choice.reasons and wanted not in ("auto", choice.layout)
+        (logger.warning if fell_back else logger.info)("%s", choice)
+        return choice
+
+    def collate(self, *, padded: bool = False) -> Collate:
+        """Rows of a micro-batch -> batch."""
+        if self.collate_given is not None:
+            return collate_with(self.collate_given, self.objective.branches)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        return collate_into(
+            "padded" if padded else self.layout.layout,
+            self.objective.branches,
+            pad_token_id=tokenizer.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
+
+    def geometry(self, per_device: int, accumulation: int = 1) -> Geometry:
+        return Geometry(per_device, accumulation, self.args.world_size, self.args.process_index)
+
+    def get_train_dataloader(self) -> StepLoader:
+        """Batches by optimizer step, in the order that transformers' trainer gives with the same seed."""
+        args = self.args
+        self.place_reference()
+        rows = self.train_dataset = self.precomputed(self.train_dataset)
+        block = self._train_batch_size * args.world_size
+        order = epoch_order(
+            args.train_sampling_strategy,
+            len(rows) if isinstance(rows, datasets.Dataset) else 0,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            batch_size=block,
+            lengths=functools.cache(lambda: group_lengths(rows, self.objective.branches)),
+        )
+        geometry = self.geometry(self._train_batch_size, self.accumulation)
+        drop_last = args.dataloader_drop_last
+        return make_loader(rows, self.collate(), geometry, order=order, drop_last=drop_last, **loader_options(args))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
+        """One micro-batch per rank and item, in the set's order."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`: give one to the trainer or to `evaluate`.")
+        self.place_reference()
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            rows = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        else:
+            rows = eval_dataset
+        collate = self.collate(padded=self.args.full_logits_for_metrics and self.compute_metrics is not None)
+        geometry = self.geometry(self.args.eval_batch_size)
+        return make_loader(self.precomputed(rows), collate, geometry, **loader_options(self.args))
+
+    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
+        return self.get_eval_dataloader(self.prepared_sets(test_dataset))
+
+    def precomputed(self, rows: Any) -> Any:
+        """``rows`` with reference log-probs, where they are wanted and the set can be read in advance."""
+        args: Any = self.args
+        wanted = isinstance(self.reference, Precomputed) and getattr(args, "precompute_ref_log_probs", False)
+        if not wanted or not isinstance(rows, datasets.Dataset):
+            return rows
+        per_device = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        with segment_attention(*self.models()):
+            return with_precomputed_logps(
+                rows,
+                self.reference,
+                self.collate(),
+                self.geometry(per_device),
+                self.accelerator,
+                loader_options(args),
+            )
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SyncReferenceCallback | BEMACallback):
+                callback.reference = self.model_reference
+        with segment_attention(*self.models()):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with segment_attention(*self.models()):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: EvalSets = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics of the evaluation set, or of ``eval_dataset`` in any format; of each by name, for a dict."""
+        return super().evaluate(self.prepared_sets(eval_dataset), ignore_keys, metric_key_prefix)
+
+    # -- model card ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        self.create_model_card(output_dir=folder)
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args: Any, output_dir: Path | None = None, **kwargs: Any) -> None:
+        """Write ``README.md``: method, data, versions, options and metrics; to ``output_dir`` or the run's folder."""
+        if self.is_world_process_zero():
+            with self.accumulation_shown_as(self.accumulation):
+                write_model_card(self, output_dir or Path(self.args.output_dir))
+
+
+def check_given(model: Any, model_init: Any, train_dataset: Any, processing_class: Any) -> None:
+    """Arguments that must be there, and of the right kind."""
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required: give a `datasets.Dataset` or `IterableDataset`.")
+    if not isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset):
+        raise TypeError(
+            f"`train_dataset` must be a `Dataset` or `IterableDataset`, not {type(train_dataset).__name__}; of a "
+            "`DatasetDict` give one split."
+        )
+    if model is None and model_init is None:
+        raise ValueError("Give a `model` (a path, an instance, a PeftModel), or a `model_init` that makes one.")
+    if model is not None and model_init is not None:
+        raise ValueError("`model` and `model_init` were both given; leave one of them out.")
+    if model is None and processing_class is None:
+        raise ValueError("With `model_init`, pass `processing_class` too: there is no name to load a tokenizer by.")
+
+
+def prepare_options(args: PreferenceConfig, branches: tuple[Branch, ...], config: Any) -> PrepareOptions:
+    """How rows are prepared; ``max_length`` is capped at the model's context, said in one line."""
+    text_config = config.get_text_config() if config is not None else None
+    context = getattr(text_config, "max_position_embeddings", None)
+    max_length = args.max_length
+    if max_length is not None and context is not None and max_length > context:
+        level = logger.warning if args.was_set("max_length") else logger.info
+        level("max_length=%d is above the model's context; sequences are cut to %d tokens.", max_length, context)
+        max_length = context
+    return PrepareOptions(
+        branches=branches,
+        max_length=max_length,
+        truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
+        num_proc=args.dataset_num_proc,
+        on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
+    )
+
+
+def updates_reference(args: Any, callbacks: list[TrainerCallback] | None) -> bool:
+    """Whether the reference moves during training: TR-DPO, or BEMA for the reference."""
+    by_callback = any(isinstance(c, BEMACallback) and c.update_ref_model for c in callbacks or ())
+    return by_callback or getattr(args, "sync_ref_model", False)
+
+
+def has_reference_logps(rows: Any) -> bool:
+    """Whether a prepared set brings reference log-probs."""
+    return "ref_chosen_logps" in (rows.column_names or ())
+

@@ -1,0 +1,178 @@
+"""Callbacks that average weights: TR-DPO's moving reference and BEMA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefopt.reference import BEMASchedule, BEMAState, ModelReference, named_weights, soft_update, swapped
+
+__all__ = ["BEMACallback", "SyncReferenceCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class SyncReferenceCallback(TrainerCallback):
+    """TR-DPO: every ``ref_model_sync_steps`` optimizer steps the reference moves towards the policy (`soft_update`).
+
+    Args:
+        reference: made with ``updates=True``.
+        args: a config with ``ref_model_sync_steps`` and ``ref_model_mixup_alpha``.
+    """
+
+    def __init__(self, reference: ModelReference, args: Any) -> None:
+        self.reference = reference
+        self.every, self.alpha = int(args.ref_model_sync_steps), float(args.ref_model_mixup_alpha)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            soft_update(self.reference.weights(), weights_of(kwargs["model"]), self.alpha)
+
+
+class BEMACallback(TrainerCallback):
+    r"""Keeps a bias-corrected exponential moving average of the trained weights (`BEMAState`).
+
+    At steps t = ``update_after`` + ``update_freq``, + 2 ``update_freq``, ...
+
+    .. math::
+        E_t &= (1 - \beta_t)\,E + \beta_t\,\theta_t, & \beta_t &= \max((\rho + \gamma t)^{-\kappa}, m) \\
+        \theta'_t &= E_t + \alpha_t\,(\theta_t - \theta_0), & \alpha_t &= (\rho + \gamma t)^{-\eta}
+
+    Only trainable weights are averaged, so a PEFT model keeps three copies of its adapter. The averaged model (or
+    adapter) is saved to ``<output_dir>/bema`` at the end; `running_model` gives it at any time.
+
+    Args:
+        update_freq: optimizer steps between two updates.
+        ema_power: kappa; 0 makes the average the current weights.
+        bias_power: eta; 0 keeps the bias correction at its full strength.
+        lag: rho, the average's age at step 0.
+        update_after: theta_0 and E are taken anew at this step, and updates begin after it.
+        multiplier: gamma, age gained per step.
+        min_ema_multiplier: m, lower bound of beta.
+        device: where the average is kept.
+        update_ref_model: also make the average the reference, at steps ``ref_model_update_after`` + k
+            ``ref_model_update_freq``, k = 0, 1, ... The trainer sets ``reference``.
+        ref_model_update_freq: optimizer steps between two updates of the reference.
+        ref_model_update_after: steps before the first of them.
+
+    Raises:
+        ValueError: an option outside its range.
+
+    Block and Zhang, "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes", 2025,
+    https://arxiv.org/abs/2508.00180.
+    """
+
+    def __init__(
+        self,
+        update_freq: int = 400,
+        ema_power: float = 0.5,
+        bias_power: float = 0.2,
+        lag: int = 10,
+        update_after: int = 0,
+        multiplier: float = 1.0,
+        min_ema_multiplier: float = 0.0,
+        device: str = "cpu",
+        update_ref_model: bool = False,
+        ref_model_update_freq: int = 400,
+        ref_model_update_after: int = 0,
+    ) -> None:
+        for option, every in (("update_freq", update_freq), ("ref_model_update_freq", ref_model_update_freq)):
+            if every < 1:
+                raise ValueError(f"`{option}` is {every}, but it is a number of steps of at least 1.")
+        if lag + multiplier <= 0:
+            raise ValueError(f"`lag` ({lag}) + `multiplier` ({multiplier}) must be above 0: it is the age at step 1.")
+        self.update_freq, self.update_after, self.device = update_freq, update_after, device
+        self.update_ref_model = update_ref_model
+        self.ref_model_update_freq, self.ref_model_update_after = ref_model_update_freq, ref_model_update_after
+        self.schedule = BEMASchedule(
+            ema_power=ema_power,
+            bias_power=bias_power,
+            lag=lag,
+            multiplier=multiplier,
+            min_ema_multiplier=min_ema_multiplier,
+        )
+        self.reference: ModelReference | None = None
+        self.model: nn.Module | None = None
+        self.average: BEMAState | None = None
+        self.resumed: Mapping[str, Tensor] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.model = extract_model_from_parallel(kwargs["model"])
+        self.average = BEMAState(self.trained_weights(), self.device)
+        if self.resumed is not None:
+            self.average.load_state_dict(self.resumed)
+            self.resumed = None
+        if self.update_ref_model and self.reference is None:
+            raise ValueError(
+                "`update_ref_model=True`, but this run has no reference that can be updated. It goes with DPOTrainer, "
+                "without `precompute_ref_log_probs` and `ref_adapter_name`."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.average is not None
+        step = state.global_step
+        since = step - self.update_after
+        if since == 0:
+            self.average.restart(self.trained_weights())
+        elif since > 0 and since % self.update_freq == 0:
+            beta, alpha = self.schedule.beta(step), self.schedule.alpha(step)
+            self.average.update(self.trained_weights(), beta=beta, alpha=alpha)
+        since = step - self.ref_model_update_after
+        if self.update_ref_model and since >= 0 and since % self.ref_model_update_freq == 0:
+            self.move_reference()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.average is not None
+        assert args.output_dir is not None
+        if state.is_world_process_zero:
+            assert self.model is not None
+            with swapped(self.model, dict(self.average.average)) as model:
+                model.save_pretrained(str(Path(args.output_dir) / "bema"))  # type: ignore[operator]
+
+    def move_reference(self) -> None:
+        """Make the average the reference; weights that are not trained are the same in both and stay."""
+        assert self.average is not None
+        assert self.reference is not None
+        average = self.average.average
+        trained = {name: tensor for name, tensor in self.reference.weights().items() if name in average}
+        soft_update(trained, average, 1.0)
+
+    @property
+    def running_model(self) -> nn.Module:
+        """A copy of the model with the averaged weights, made when asked for.
+
+        Raises:
+            ValueError: before training.
+        """
+        if self.model is None or self.average is None:
+            raise ValueError("There is no averaged model before training begins.")
+        with swapped(self.model, dict(self.average.average)) as model:
+            return deepcopy(model)
+
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        assert self.model is not None
+        return {name: weight for name, weight in named_weights(self.model).items() if weight.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, for a checkpoint; empty before training."""
+        return {} if self.average is None else self.average.state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Let the training that begins next continue from `state_dict`."""
+        self.resumed = saved
+
+
+def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """The weights of a model that may be wrapped."""
+    return named_weights(extract_model_from_parallel(model))

@@ -1,0 +1,229 @@
+"""What the configs of the three trainers share."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from transformers import TrainingArguments
+
+from prefopt.trainer.config_help import option
+from prefopt.trainer.config_rules import parse_json_options, rule_mistakes
+from prefopt.trainer.given import Given, fresh_names
+from prefopt.trainer.precision import resolve_precision
+from prefopt.trainer.versions import CHECKPOINTING_NAMES, unify_checkpointing
+
+if TYPE_CHECKING:
+    from prefopt.objective import Objective
+
+__all__ = ["LAYOUTS", "PreferenceConfig"]
+
+logger = logging.getLogger(__name__)
+
+LAYOUTS = ("auto", "shared_prompt", "packed", "padded")
+
+
+@dataclass(repr=False)
+class PreferenceConfig(TrainingArguments):
+    """Base of ``DPOConfig``, ``CPOConfig`` and ``TPOConfig``: checks, and the options that TRL has in none of them.
+
+    Everything is checked when a config is made; all mistakes come in one ``ValueError``, each with the option, its
+    value, the rule and what to set instead. An option that is set but that the chosen losses do not use gets a
+    warning. ``was_set`` tells what the user set from what is a default.
+    """
+
+    METHOD: ClassVar[Literal["dpo", "cpo", "tpo"]]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    logging_steps: float = option("logging_steps", 10)
+    logging_nan_inf_filter: bool = option("logging_nan_inf_filter", False)
+    gradient_checkpointing: bool = option("gradient_checkpointing", True)
+    bf16: bool | None = option("bf16", None, bare_flag=True)
+    lr_scheduler_kwargs: dict[str, Any] | str | None = option("lr_scheduler_kwargs", None)
+
+    # Keyword-only, so that the parameters that TRL has keep TRL's order.
+    layout: str = option("layout", "auto", choices=LAYOUTS, kw_only=True)
+    on_bad_row: str = option("on_bad_row", "skip", choices=("skip", "error"), kw_only=True)
+    on_nonfinite: str = option("on_nonfinite", "stop", choices=("stop", "skip"), kw_only=True)
+    full_logits_for_metrics: bool = option("full_logits_for_metrics", False, kw_only=True)
+    user_set: tuple[str, ...] | None = option("user_set", None, kw_only=True)
+
+    if TYPE_CHECKING:
+        # Every config declares these itself, each in TRL's order for that config.
+        loss_type: str | list[str] = "sigmoid"
+        loss_weights: list[float] | None = None
+        beta: float = 0.1
+        label_smoothing: float = 0.0
+        ld_alpha: float | None = None
+        use_weighting: bool = False
+        model_init_kwargs: dict[str, Any] | str | None = None
+        trust_remote_code: bool = False
+        router_aux_loss_coef: float | None = None
+        disable_dropout: bool = True
+        dataset_num_proc: int | None = None
+        max_length: int | None = 1024
+        truncation_mode: str = "keep_start"
+        padding_free: bool = False
+        pad_to_multiple_of: int | str | None = "auto"
+        activation_offloading: bool = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        config = super().__new__(cls)
+        positional = [spec.name for spec in fields(cls) if spec.init and not spec.kw_only]
+        if args or kwargs:  # copying and unpickling come without
+            config.__dict__["_passed"] = {**dict(zip(positional, args, strict=False)), **kwargs}
+        return config
+
+    def __post_init__(self) -> None:
+        fresh = fresh_names(self.__dict__.pop("_passed", {}))
+        mistakes = parse_json_options(self, self._VALID_DICT_FIELDS)
+        mistakes += unify_checkpointing(self, fresh)
+        self._normalise()
+        resolve_precision(self)
+        mistakes += rule_mistakes(self)
+        mistakes += self._parent_mistakes(bool(mistakes))
+        self._record({*fresh, *(self.user_set or ())})
+        mistakes += self._combination_mistakes()
+        mistakes += self._objective_mistakes()
+        if mistakes:
+            raise ValueError(_message(type(self).__name__, mistakes))
+        for text in self._warnings():
+            warnings.warn(f"{type(self).__name__}: {text}", UserWarning, stacklevel=3)
+
+    def was_set(self, name: str) -> bool:
+        """Whether the user set the option, in the constructor, on the command line, in YAML or by assignment."""
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}")
+        record = self.user_set
+        if name in (record or ()):
+            return True
+        made = getattr(record, "as_made", {})
+        return name in made and getattr(self, name) != made[name]
+
+    @property
+    def batch_layout(self) -> str:
+        """The layout asked for: ``layout`` where it was set, else ``packed`` for TRL's ``padding_free=True``."""
+        if self.padding_free and not self.was_set("layout"):
+            return "packed"
+        return self.layout
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The names in ``loss_type``, one or several."""
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+
+    def objective(self) -> Objective:
+        """The objective that these options describe."""
+        from prefopt.objective import build_objective
+
+        return build_objective(self.METHOD, **self._objective_options())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options by name, JSON-ready; the config itself stays as it is. Secrets are masked, as in transformers."""
+        plain = copy.copy(self)
+        plain.model_init_kwargs = copy.deepcopy(self.model_init_kwargs)  # transformers rewrites nested values in place
+        values = super(PreferenceConfig, plain).to_dict()
+        if "pad_token" in values:
+            values["pad_token"] = getattr(self, "pad_token", None)  # masked by transformers for its name's sake
+        values["user_set"] = list(self.user_set or ())
+        return values
+
+    def _objective_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``build_objective``, under the core's names."""
+        return {
+            "loss_type": self.loss_type,
+            "loss_weights": self.loss_weights,
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting,
+        }
+
+    def _normalise(self) -> None:
+        """Brings values that may be written in several ways into one form."""
+        if isinstance(self.loss_type, tuple):
+            self.loss_type = list(self.loss_type)
+        if isinstance(self.loss_weights, tuple):
+            self.loss_weights = list(self.loss_weights)
+        multiple = self.pad_to_multiple_of
+        if isinstance(multiple, str) and multiple.lower() in ("none", "null"):
+            self.pad_to_multiple_of = None
+        elif isinstance(multiple, str) and multiple.isdecimal():
+            self.pad_to_multiple_of = int(multiple)
+        elif multiple == "auto":  # Neuron compiles once per shape
+            self.pad_to_multiple_of = 128 if _on_neuron() else None
+
+    def _parent_mistakes(self, has_others: bool) -> list[str]:
+        """Runs the checks of transformers, which stop at their first mistake."""
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            return [str(error)]
+        except TypeError:
+            if not has_others:  # else a mistake already named is its cause
+                raise
+        return []
+
+    def _record(self, names: set[str]) -> None:
+        for pair in CHECKPOINTING_NAMES:
+            if names & set(pair):
+                names |= {name for name in pair if hasattr(self, name)}
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "user_set"}
+        self.user_set = Given.of(names, values)
+
+    def _combination_mistakes(self) -> list[str]:
+        """Mistakes that lie in two options together, or in an option that this version cannot fulfil."""
+        mistakes = []
+        if self.activation_offloading is True and _on_accelerator(self):
+            mistakes.append(
+                "activation_offloading=True: not available yet in this version of prefopt on an accelerator; "
+                "set activation_offloading=False and leave gradient_checkpointing=True"
+            )
+        return mistakes
+
+    def _objective_mistakes(self) -> list[str]:
+        from prefopt.objective import objective_mistakes
+
+        return objective_mistakes(self.METHOD, **self._objective_options())
+
+    def _warnings(self) -> Sequence[str]:
+        """Options that were set and have no effect."""
+        from prefopt.objective import objective_warnings
+
+        found = objective_warnings(self.METHOD, **self._objective_options())
+        if self.padding_free and self.batch_layout != "packed":
+            found.append(f"padding_free=True has no effect beside the explicit layout={self.layout!r}")
+        if self.pad_to_multiple_of is not None and self.batch_layout in ("packed", "shared_prompt"):
+            found.append(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect in layout {self.batch_layout!r}, "
+                "which does not pad; set layout='padded' to have it"
+            )
+        if self.label_smoothing_factor:
+            found.append(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "
+                "training; set label_smoothing"
+            )
+        return found
+
+
+def _message(name: str, mistakes: Sequence[str]) -> str:
+    if len(mistakes) == 1:
+        return f"{name}: {mistakes[0]}"
+    return "\n".join([f"{name}: {len(mistakes)} options are wrong", *(f"- {mistake}" for mistake in mistakes)])
+
+
+def _on_neuron() -> bool:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == "neuron"
+
+
+def _on_accelerator(config: TrainingArguments) -> bool:
+    import torch
+
+    return not config.use_cpu and torch.accelerator.is_available()

@@ -1,0 +1,251 @@
+"""How a step is run, logged and saved: transformers' loop over items that are whole optimizer steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from prefopt.normalise import local_counts, total
+from prefopt.objective import Objective
+from prefopt.reference import ModelReference, Precomputed, ReferencePolicy, check_identity
+from prefopt.step import StepResult, preference_step
+from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.nonfinite import NonFiniteStepError, describe
+from prefopt.trainer.window import LogWindow
+from prefopt.types import OptimizerStep, StepCounts
+
+__all__ = ["StepTrainer"]
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "prefopt_state.json"
+REFERENCE_FILE = "reference.safetensors"
+"""The reference's weights, where they move (TR-DPO, BEMA)."""
+
+
+class StepTrainer(Trainer):
+    """Runs `OptimizerStep` items: micro-batches, gradient synchronisation, denominators, metrics.
+
+    The loop of transformers sees one item per optimizer step and an accumulation of 1; how many micro-batches a step
+    has is the loader's affair. Loss of a micro-batch: world size times the sum over its units divided by the units of
+    the whole step on all ranks, because DDP averages gradients over ranks.
+    """
+
+    args: PreferenceConfig
+    objective: Objective
+    reference: ReferencePolicy | None
+    aux_weight: float
+    """Weight of the mixture-of-experts load-balancing loss; 0 where it is off."""
+    reference_updates: bool
+    """Whether the reference moves, so that a checkpoint must hold it."""
+    unchecked_identity: bool
+    """Whether the reference has yet to be held against the policy it was taken from."""
+
+    @property
+    def model_reference(self) -> ModelReference | None:
+        """The part of the reference that a model computes."""
+        source = self.reference.source if isinstance(self.reference, Precomputed) else self.reference
+        return source if isinstance(source, ModelReference) else None
+
+    def start_window(self) -> None:
+        """Set up what the steps keep; called once, after the constructor of transformers' trainer."""
+        self.window = LogWindow()
+        self.resumed_log: dict[str, Any] | None = None
+        self.accumulation = self.args.gradient_accumulation_steps
+        self.add_callback(ContinueLog(self))
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def accumulation_shown_as(self, value: int) -> Iterator[None]:
+        """``args.gradient_accumulation_steps`` as the loop (1) or the user (as given) should see it."""
+        before = self.args.gradient_accumulation_steps
+        self.args.gradient_accumulation_steps = value
+        try:
+            yield
+        finally:
+            self.args.gradient_accumulation_steps = before
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.accumulation = self.args.gradient_accumulation_steps
+        with self.accumulation_shown_as(1):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        accumulation = self.accumulation if self.is_in_train else args.gradient_accumulation_steps
+        return self._train_batch_size * accumulation * args.world_size
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        """Nothing: the denominators are counted in `training_step`."""
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One optimizer step's forward and backward passes; returns its loss (times world size over this rank)."""
+        step: OptimizerStep = inputs.to(self.args.device, non_blocking=True)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
+        counts = self.step_counts(step)
+        self.last_step, self.last_losses = step, []
+        for index, batch in enumerate(step.micro_batches):
+            with self.synchronised(model, index == len(step.micro_batches) - 1):
+                with self.compute_loss_context_manager():
+                    result = preference_step(model, self.reference, batch, self.objective, aux_weight=self.aux_weight)
+                    loss = self.args.world_size * total(result.terms, batch, counts)
+                self.check_identity_once(result, batch.rows)
+                self.accelerator.backward(loss, **self.backward_options())
+            self.last_losses.append(loss.detach())
+            self.window.add(result.metrics)
+        return torch.stack(self.last_losses).sum()
+
+    @contextmanager
+    def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients are exchanged between ranks with the last micro-batch of a step only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def backward_options(self) -> dict[str, Any]:
+        """DeepSpeed must not divide by its own accumulation steps: the loss has its denominator."""
+        return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+
+    def step_counts(self, step: OptimizerStep) -> StepCounts:
+        """The denominators of the step, summed over ranks in one small collective."""
+        counts = local_counts(step.micro_batches)
+        if self.args.world_size == 1:
+            return counts
+        flat: list[Any] = []
+        move_numbers(counts, flat.append)
+        table = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in flat])
+        summed = iter(self.accelerator.reduce(table, reduction="sum"))
+        return move_numbers(counts, lambda _: next(summed))
+
+    def check_identity_once(self, result: StepResult, rows: tuple[int, ...]) -> None:
+        """On the first micro-batch of a fresh run: does the reference agree with the policy it was taken from?"""
+        if not self.unchecked_identity:
+            return
+        self.unchecked_identity = False
+        derives = self.reference is not None and self.reference.derives_from_policy
+        if derives and self.state.global_step == 0 and result.reference is not None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, self.model.dtype)
+            check_identity(result.policy, result.reference, rows=rows, dtype=dtype)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        losses_finite = torch.isfinite(torch.stack(self.last_losses)).all()
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # the scaler skips steps that overflow
+        finite = losses_finite & (scaled or torch.isfinite(torch.as_tensor(grad_norm, device=losses_finite.device)))
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite.float(), reduction="mean") == 1
+        if not finite:
+            self.refuse_step(describe(self.state.global_step + 1, self.last_step, self.last_losses, grad_norm))
+        return grad_norm
+
+    def refuse_step(self, message: str) -> None:
+        """Stop, or leave the step out, as ``on_nonfinite`` says."""
+        if self.args.on_nonfinite == "stop":
+            raise NonFiniteStepError(message)
+        logger.warning("%s Skipped.", message)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 FLOPs per token and parameter outside the embeddings, transformers' own estimate."""
+        if not hasattr(self.model, "num_parameters"):
+            return 0
+        return 6 * tokens_of(inputs) * self.model.num_parameters(exclude_embeddings=True)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(tokens_of(inputs), device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, reduction="sum").item())
+
+    # -- log -----------------------------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, table: Tensor) -> Tensor:
+        return self.accelerator.reduce(table, reduction="sum") if self.args.world_size > 1 else table  # type: ignore[return-value]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training rows, and the summary at the end, get the metrics since the row before."""
+        if "loss" in logs or "train_loss" in logs:
+            logs.update(self.window.flush(self.sum_over_ranks))
+        super().log(logs, start_time)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.is_in_train:
+            return super()._save(output_dir, state_dict)
+        with self.accumulation_shown_as(self.accumulation):
+            return super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = {
+            "window": self.window.state(self.sum_over_ranks),
+            "loss_since_log": self.sum_over_ranks(self._tr_loss.detach().clone()).item() / self.args.world_size,
+            "total_loss": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+            "reward_shift": shift.state_dict() if (shift := self.objective.reward_shift) else None,
+        }
+        if self.args.should_save:
+            Path(output_dir, STATE_FILE).write_text(json.dumps(state, indent=1))
+            if self.reference_updates and self.model_reference is not None:
+                weights = {name: tensor.contiguous() for name, tensor in self.model_reference.weights().items()}
+                save_file(weights, Path(output_dir, REFERENCE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, STATE_FILE)).is_file():
+            self.resumed_log = json.loads(path.read_text())
+        if checkpoint is not None and self.reference_updates and self.model_reference is not None:
+            self.model_reference.load_weights(load_file(Path(checkpoint, REFERENCE_FILE)))
+
+    def continue_log(self) -> None:
+        """After a resume: the running sums of the loss and the metrics, as they were when the checkpoint was made."""
+        state, self.resumed_log = self.resumed_log, None
+        if state is None:
+            return
+        self.window = LogWindow.restored(
+            state["window"], self.args.device, keep_sums=self.args.process_index == 0
+        )
+        self._tr_loss.fill_(state["loss_since_log"])
+        self._total_loss_scalar = state["total_loss"]
+        self._globalstep_last_logged = state["last_logged_step"]
+        self._initial_global_step = 0  # the total covers the run from its start, and so must the number of steps
+        if self.objective.reward_shift is not None:
+            self.objective.reward_shift.load_state_dict(state["reward_shift"])
+
+
+class ContinueLog(TrainerCallback):
+    """Transformers sets its running loss to zero when training begins; what a checkpoint kept goes in after that."""
+
+    def __init__(self, trainer: StepTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.continue_log()
+
+
+def tokens_of(inputs: Any) -> int:
+    """Tokens of this rank's part of a step, the prompt once per completion."""
+    return sum(batch.num_model_tokens for batch in inputs.micro_batches) if isinstance(inputs, OptimizerStep) else 0
+
+
+def move_numbers(counts: StepCounts, function: Any) -> StepCounts:
+    """``counts`` with ``function`` applied to each number, in a fixed order."""
+    return StepCounts(
+        num_pairs=function(counts.num_pairs),
+        num_tokens={branch: function(value) for branch, value in sorted(counts.num_tokens.items())},
+        num_micro_batches=function(counts.num_micro_batches),
+    )

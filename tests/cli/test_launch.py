@@ -1,0 +1,139 @@
+"""Handing over to ``accelerate launch``: the command that is built, and two real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefopt.cli import launch
+from prefopt.cli.launch import LAUNCHED, accelerate_config_path, plan_launch
+
+NAMES = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3", "cpu")
+BEFORE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+@pytest.fixture(autouse=True)
+def not_launched(monkeypatch, tmp_path):
+    monkeypatch.delenv(LAUNCHED, raising=False)
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
+
+
+def test_one_process_is_not_launched():
+    assert plan_launch("dpo", ["--beta", "1"], []) is None
+    assert plan_launch("dpo", [], ["--num_processes", "1"]) is None
+
+
+def test_a_launched_process_trains(monkeypatch):
+    monkeypatch.setenv(LAUNCHED, "1")
+    assert plan_launch("dpo", [], ["--num_processes", "2"]) is None
+
+
+def test_processes_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(launch, "_num_devices", lambda: 0)
+    plan = plan_launch("tpo", ["--beta", "1", "--num_processes", "2"], ["--num_processes", "2"])
+    assert plan is not None
+    config = str(accelerate_config_path("cpu"))
+    after = ("-m", "prefopt.cli.main", "tpo", "--beta", "1", "--num_processes", "2")
+    assert plan.command == (*BEFORE, "--config_file", config, "--num_processes", "2", *after)
+    assert plan.env == {LAUNCHED: "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def test_all_devices_where_no_number_is_given(monkeypatch):
+    monkeypatch.setattr(launch, "_num_devices", lambda: 4)
+    plan = plan_launch("dpo", [], ["--accelerate_config", "zero2", "--main_process_port", "0"])
+    assert plan is not None
+    config = str(accelerate_config_path("zero2"))
+    flags = ("--config_file", config, "--main_process_port", "0", "--num_processes", "4")
+    assert plan.command == (*BEFORE, *flags, "-m", "prefopt.cli.main", "dpo")
+    assert plan.env == {LAUNCHED: "1"}
+
+
+def test_devices_are_used_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(launch, "_num_devices", lambda: 2)
+    plan = plan_launch("dpo", [], ["--num_processes", "2"])
+    assert plan is not None
+    assert str(accelerate_config_path("multi_gpu")) in plan.command
+
+
+def test_accelerates_own_default_is_left_to_it(monkeypatch, tmp_path):
+    (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\n")
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "own.yaml"))
+    plan = plan_launch("dpo", [], ["--num_processes", "2"])
+    assert plan is not None
+    assert "--config_file" not in plan.command
+
+
+def test_the_last_config_wins_and_may_be_a_file(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("distributed_type: 'NO'\nnum_processes: 1\n")
+    plan = plan_launch("cpo", [], ["--accelerate_config", "zero3", f"--accelerate-config={own}"])
+    assert plan is not None
+    assert plan.command[3:6] == ("--config_file", str(own), "-m")
+
+
+@pytest.mark.parametrize(
+    ("rest", "part"),
+    [
+        (["--num_proceses", "2"], "unknown option --num_proceses; did you mean '--num_processes'?"),
+        (["stray"], "unknown option stray"),
+        (["--accelerate_config", "zero4"], "accelerate_config='zero4': is neither a file nor one of cpu, fsdp2"),
+        (["--accelerate_config"], "wants the name of a shipped config"),
+    ],
+)
+def test_mistakes_are_named(rest, part):
+    with pytest.raises(ValueError) as caught:
+        plan_launch("dpo", [], rest)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_takes_the_shipped_configs(name):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = accelerate_config_path(name)
+    flags = ["--config_file", str(path), "--num_processes", "2", "script.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    stage = args.zero_stage if args.use_deepspeed else None
+    version = args.fsdp_version if args.use_fsdp else None
+    expected = {"zero1": (1, None), "zero2": (2, None), "zero3": (3, None), "fsdp2": (None, 2)}
+    assert (stage, version) == expected.get(name, (None, None))
+    assert args.multi_gpu == (name in ("multi_gpu", "cpu"))
+    assert args.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_begins_with_its_command(name):
+    text = accelerate_config_path(name).read_text()
+    assert text.startswith("# prefopt dpo --accelerate_config " + name)
+    assert yaml.safe_load(text)["compute_environment"] == "LOCAL_MACHINE"
+
+
+def test_no_config_is_missing():
+    assert sorted(path.stem for path in launch.CONFIGS.glob("*.yaml")) == sorted(NAMES)
+
+
+@pytest.mark.distributed
+def test_two_ranks_train(tmp_path: Path):
+    from tiny_models import save_tiny, standard_rows
+
+    rows = standard_rows(8)
+    lines = [json.dumps(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: {save_tiny(tmp_path / 'model')}\ndataset_name: {tmp_path / 'pairs.jsonl'}\n"
+        f"output_dir: {tmp_path / 'out'}\nmax_steps: 2\nper_device_train_batch_size: 2\nreport_to: none\n"
+        "save_strategy: steps\nsave_steps: 2\nmethod: cpo\nnum_processes: 2\nmain_process_port: 0\n"
+    )
+    command = [sys.executable, "-m", "prefopt.cli.main", "train", str(tmp_path / "run.yaml"), "--use_cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1.0  # two steps of two pairs on each of two ranks are the eight rows
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,151 @@
+"""The reference policy: cases in which TRL 1.16 takes another model, an old number, or refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from independent import lengths, score_rows, sums
+from parity_harness import POLICY, REFERENCE, RELATIVE, build, run
+from tiny_models import standard_rows, tiny_model, word_tokenizer
+
+pytestmark = pytest.mark.trl
+
+
+def moved(model: Any) -> Any:
+    """The model with other weights than the folder it came from: merged, resized or trained further."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_the_reference_is_the_model_that_was_given(policy_path: str) -> None:
+    """TRL reloads the reference from the model's path: the margin at step 0 is not zero."""
+    from transformers import AutoModelForCausalLM
+
+    def margin(library: str) -> float:
+        model = moved(AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32))
+        return run(library, "dpo", {"max_steps": 1}, model=model)[0]["rewards/margins"]
+
+    assert margin("prefopt") == pytest.approx(0.0, abs=1e-6)
+    assert abs(margin("trl")) > 1e-2
+
+
+def test_a_model_without_a_path_has_a_reference() -> None:
+    log = run("prefopt", "dpo", {}, model=tiny_model(**POLICY))
+    assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    assert log[2]["rewards/margins"] != 0.0
+    with pytest.raises(OSError, match="Repo id"):
+        build("trl", "dpo", {}, model=tiny_model(**POLICY))
+
+
+def test_a_reference_that_is_the_policy_is_a_snapshot_of_it(policy_path: str) -> None:
+    """The same object given twice: its starting weights are the reference. TRL refuses."""
+    policy = tiny_model(**POLICY)
+    log = run("prefopt", "dpo", {}, model=policy, ref_model=policy)
+    alone = run("prefopt", "dpo", {}, model=policy_path)
+    assert [row["rewards/margins"] for row in log] == pytest.approx([row["rewards/margins"] for row in alone], abs=1e-5)
+    assert abs(log[2]["rewards/margins"]) > 1e-3
+    policy = tiny_model(**POLICY)
+    with pytest.raises(ValueError, match="cannot be the same object"):
+        build("trl", "dpo", {}, model=policy, ref_model=policy)
+
+
+def test_precomputed_log_probs_are_never_stale(tmp_path: Path) -> None:
+    """A second run with another ``ld_alpha``: TRL's cache key does not hold it, and the old sums come back."""
+    rows = standard_rows(4)
+    file = tmp_path / "pairs.jsonl"
+    Dataset.from_dict(rows).to_json(file)
+    data = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    config = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1}
+
+    def rewards(library: str, ld_alpha: float | None) -> float:
+        arguments = {"ref_model": tiny_model(**REFERENCE), "train_dataset": data}
+        return run(library, "dpo", {**config, "ld_alpha": ld_alpha}, **arguments)[0]["rewards/rejected"]
+
+    policy, reference = (score_rows(tiny_model(**settings), word_tokenizer(), rows) for settings in (POLICY, REFERENCE))
+    shared = torch.minimum(lengths(policy["chosen"]), lengths(policy["rejected"])).long()
+    heads = [
+        sum(float(completion.logps[:m].sum()) for completion, m in zip(scores["rejected"], shared, strict=True)) / 4
+        for scores in (policy, reference)
+    ]
+    right = 0.1 * (heads[0] - heads[1])
+    for library in ("trl", "prefopt"):
+        expected = 0.1 * float((sums(policy["rejected"]) - sums(reference["rejected"])).mean())
+        assert rewards(library, None) == pytest.approx(expected, rel=RELATIVE)
+    assert rewards("prefopt", 0.0) == pytest.approx(right, rel=RELATIVE)
+    assert rewards("trl", 0.0) != pytest.approx(right, rel=10 * RELATIVE)
+
+
+def test_precompute_takes_streams(policy_path: str) -> None:
+    """Computed when a batch is first seen; the same numbers as without precompute. TRL refuses."""
+    config = {"precompute_ref_log_probs": True}
+
+    def stream() -> dict[str, Any]:
+        return {"model": policy_path, "train_dataset": Dataset.from_dict(standard_rows()).to_iterable_dataset()}
+
+    streamed = run("prefopt", "dpo", config, **stream())
+    usual = run("prefopt", "dpo", {}, model=policy_path)
+    assert [row["loss"] for row in streamed] == pytest.approx([row["loss"] for row in usual], rel=RELATIVE)
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs.*not supported with IterableDataset"):
+        build("trl", "dpo", config, **stream())
+
+
+def test_precompute_takes_a_new_set_after_training(policy_path: str) -> None:
+    """The starting weights are still known after training. TRL has given them up and refuses."""
+    data = Dataset.from_dict(standard_rows(4, seed=5))
+
+    def margins(library: str, precompute: bool) -> float:
+        trainer = build(library, "dpo", {"precompute_ref_log_probs": precompute}, model=policy_path)
+        trainer.train()
+        return trainer.evaluate(data)["eval_rewards/margins"]
+
+    assert margins("prefopt", True) == pytest.approx(margins("trl", False), rel=RELATIVE, abs=1e-4)
+    with pytest.raises(ValueError, match="Cannot compute reference log-probs"):
+        margins("trl", True)
+
+
+def test_tr_dpo_goes_with_adapters(policy_path: str) -> None:
+    """The reference adapter follows the policy's: its rewards shrink against a fixed reference."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    arguments = {"model": policy_path, "peft_config": adapter}
+    config = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0, "learning_rate": 3.0}
+    followed = run("prefopt", "dpo", config, **arguments)
+    fixed = run("prefopt", "dpo", {"learning_rate": 3.0}, **arguments)
+    assert followed[2]["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(fixed[2]["rewards/chosen"]) > 1e-3
+    with pytest.raises(NotImplementedError, match="sync_ref_model"):
+        build("trl", "dpo", config, **arguments)
+
+
+def test_adapters_that_trl_refuses(policy_path: str) -> None:
+    """LoRA on the head, an adapter of another name, a PeftModel with a new adapter, a PeftModel as reference."""
+    peft = pytest.importorskip("peft")
+
+    def lora(*modules: str) -> Any:
+        return peft.LoraConfig(r=4, target_modules=list(modules), init_lora_weights=False, task_type="CAUSAL_LM")
+
+    def wrapped(**settings: Any) -> Any:
+        torch.manual_seed(3)
+        return peft.get_peft_model(tiny_model(**POLICY), lora("q_proj"), **settings)
+
+    refused: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"model": policy_path, "peft_config": lora("q_proj", "lm_head")}, ValueError),
+        ({"model": wrapped(adapter_name="mine")}, KeyError),
+        ({"model": wrapped(), "peft_config": lora("v_proj")}, ValueError),
+        ({"model": tiny_model(**POLICY), "ref_model": wrapped()}, AttributeError),
+    ]
+    for arguments, error in refused:
+        with pytest.raises(error):
+            run("trl", "dpo", {}, **arguments)
+    for arguments, _ in refused:
+        log = run("prefopt", "dpo", {}, **arguments)
+        if "ref_model" not in arguments:
+            assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+        assert log[2]["loss"] != pytest.approx(log[0]["loss"], rel=1e-4)
