@@ -26,7 +26,8 @@ def page(name: str) -> str:
 
 def index_rows() -> dict[tuple[str, str], str]:
     """(method, name) -> the page that the index links."""
-    found = re.findall(r"^\| \[([\w-]+)\]\(([\w-]+)\.md\) \| (DPO|CPO|TPO) \|", page("index"), flags=re.MULTILINE)
+    names = page("index").split("| option |")[0]
+    found = re.findall(r"^\| \[([\w-]+)\]\(([\w-]+)\.md\) \| (DPO|CPO|TPO) \|", names, flags=re.MULTILINE)
     return {(method.lower(), name): target for name, target, method in found}
 
 
@@ -46,7 +47,6 @@ def test_every_name_has_a_page_that_shows_it(method, name):
 def test_every_page_is_linked_from_the_index():
     linked = set(re.findall(r"\(([\w-]+)\.md\)", page("index")))
     assert linked == set(PAGES)
-    assert OPTION_PAGES <= linked
 
 
 @pytest.mark.parametrize("name", [*PAGES, "index"])
@@ -60,7 +60,7 @@ def test_a_page_has_an_equation_a_paper_and_a_comparison(name):
     text = page(name)
     (equation,) = re.findall(r"```math\n(.+?)\n```", text, flags=re.DOTALL)
     assert equation.count("{") == equation.count("}")
-    assert equation.count(r"\left") == equation.count(r"\right")
+    assert len(re.findall(r"\\left[^a-z]", equation)) == len(re.findall(r"\\right[^a-z]", equation))
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", text)
     assert "**When to use it.**" in text
     (table,) = re.findall(
@@ -75,10 +75,8 @@ def test_the_config_of_a_page_works_and_means_the_page(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (line,) = re.findall(r"```python\n((?:DPO|CPO|TPO)Config\(.+?\))\n```", page(name), flags=re.DOTALL)
     config = eval(line.replace('("out", ', '("out", report_to="none", use_cpu=True, '), vars_of_configs())
-    objective = config.objective()
-    if name not in OPTION_PAGES | {"cpo", "tpo"}:
-        assert name in objective.names
-    assert "Config(" in line
+    names = config.objective().names
+    assert name in names or name in OPTION_PAGES | {"cpo", "tpo"}
 
 
 def vars_of_configs() -> dict:

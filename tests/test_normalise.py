@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import make_batch, make_layout, random_tokens
 
-from prefopt.normalise import local_counts, total
+from prefopt.normalise import local_counts, term_sum, total
 from prefopt.objective import Objective, build_objective
 from prefopt.scoring.sequences import sequence_stats
 from prefopt.types import TRIPLE, LossTerm, LossTerms, StepCounts, TokenStats
@@ -177,6 +177,16 @@ def test_weights_are_per_pair():
     counts = local_counts([batch])
     assert (float(counts.num_pairs), float(counts.num_tokens["chosen"])) == (1, 1)
     assert total(terms, batch, counts).item() == 2
+
+
+def test_the_sum_of_a_term_comes_with_its_units_and_without_its_weight():
+    batch = replace(
+        make_batch(make_layout({"chosen": [1, 2], "rejected": [1, 1]})), pair_weights=torch.tensor([0.0, 1.0])
+    )
+    pair = LossTerm("pair", torch.tensor([9.0, 2.0]), unit="pair", weight=3.0)
+    token = LossTerm("token", torch.tensor([9.0, 2.0, 5.0]), unit="token", weight=3.0, branch="chosen")
+    aux = LossTerm("aux", torch.tensor(4.0), unit="micro_batch", weight=3.0)
+    assert [tuple(map(float, term_sum(term, batch))) for term in (pair, token, aux)] == [(2, 1), (7, 2), (4, 1)]
 
 
 def test_local_counts():

@@ -34,8 +34,9 @@ HEADER_AFTER_USER = (
     "<|im_start|>assistant\n{% endif %}{% endfor %}"
 )
 REWRITING = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' and not loop.last %}"
-    "{{ message.content.split('</think>') | last }}{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>') | last }}{% else %}"
+    "{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOOLS = (

@@ -39,12 +39,17 @@ def message(role: str) -> st.SearchStrategy[dict[str, str]]:
     return st.builds(lambda content: {"role": role, "content": content}, CONTENT)
 
 
-EXCHANGE = st.tuples(message("user"), message("assistant")).map(list)
-LATER = st.lists(st.tuples(st.sampled_from(["user", "tool"]).flatmap(message), message("assistant")), min_size=1, max_size=3)
+LATER = st.lists(
+    st.tuples(st.sampled_from(["user", "tool"]).flatmap(message), message("assistant")), min_size=1, max_size=3
+)
 COMPLETION = st.builds(
     lambda first, later: [first, *(turn for exchange in later for turn in exchange)], message("assistant"), LATER
 )
-PROMPT = st.builds(lambda exchanges, last: [*sum(exchanges, []), last], st.lists(EXCHANGE, max_size=2), message("user"))
+PROMPT = st.builds(
+    lambda exchanges, last: [*(turn for exchange in exchanges for turn in exchange), last],
+    st.lists(st.tuples(message("user"), message("assistant")), max_size=2),
+    message("user"),
+)
 
 
 @settings(deadline=None, max_examples=40)

@@ -76,7 +76,7 @@ def test_an_empty_conversation_trains_on_the_assistant_alone() -> None:
 
 
 def test_the_completion_starts_where_tokens_merge(caplog: pytest.LogCaptureFixture) -> None:
-    """"t" and "he" become one token "the": it belongs to the completion, of both sides."""
+    """ "t" and "he" become one token "the": it belongs to the completion, of both sides."""
     tokenizer = byte_tokenizer()
     rows = [
         {"prompt": "is t", "chosen": "he", "rejected": "o"},
@@ -133,7 +133,9 @@ def test_tools_options_and_calls_reach_the_template() -> None:
 
 
 def test_a_template_that_takes_arguments_as_text() -> None:
-    template = "{% for m in messages %}{% for c in m.tool_calls %}{{ '>' + c.function.arguments }}{% endfor %}.{% endfor %}"
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ '>' + c.function.arguments }}{% endfor %}.{% endfor %}"
+    )
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     row = {
         "prompt": [user("x")],
@@ -152,7 +154,7 @@ def test_template_errors_name_the_row() -> None:
     template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no such thing') }}{% endif %}" + CHATML
     with pytest.raises(ValueError, match="train data, row 1, column 'chosen': the chat template failed: no such thing"):
         prepared(rows, byte_tokenizer(template=template))
-    with pytest.raises(ValueError, match="row 0.*the tokenizer has no chat template.*Set"):
+    with pytest.raises(ValueError, match=r"row 0.*the tokenizer has no chat template.*Set"):
         prepared(rows, byte_tokenizer(template=None))
 
 

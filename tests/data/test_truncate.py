@@ -22,7 +22,11 @@ def example_of(prompt: int, chosen: int, rejected: int) -> TokenizedExample:
 
 
 @given(
-    st.integers(0, 8), st.integers(1, 8), st.integers(1, 8), st.integers(1, 12), st.sampled_from(["keep_start", "keep_end"])
+    st.integers(0, 8),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.integers(1, 12),
+    st.sampled_from(["keep_start", "keep_end"]),
 )
 def test_each_sequence_is_a_slice_of_its_own(
     prompt: int, chosen: int, rejected: int, max_length: int, mode: Literal["keep_start", "keep_end"]

@@ -40,8 +40,8 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "seed": 7,
 }
-"""SGD with a clipped norm: every step moves the loss along the gradient, and the norm before clipping is logged: a wrong
-gradient shows in ``grad_norm`` of step 1 and in everything of steps 2 and 3. Adam would hide a factor."""
+"""SGD with a clipped norm: a step moves the loss along the gradient, and the norm before clipping is logged. A wrong
+gradient shows in ``grad_norm`` of step 1 and in all of steps 2 and 3. Adam would hide a factor."""
 
 HOME_IN_TRL = {"dpo": "trl", "cpo": "trl.experimental.cpo", "tpo": "trl.experimental.tpo"}
 BOOKKEEPING = {"epoch", "step", "total_flos"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,28 +125,32 @@ def test_tr_dpo_goes_with_adapters(policy_path: str) -> None:
         build("trl", "dpo", config, **arguments)
 
 
-def test_adapters_that_trl_refuses(policy_path: str) -> None:
-    """LoRA on the head, an adapter of another name, a PeftModel with a new adapter, a PeftModel as reference."""
+def lora(*modules: str) -> Any:
+    """An adapter that is no identity at the start."""
     peft = pytest.importorskip("peft")
+    return peft.LoraConfig(r=4, target_modules=list(modules), init_lora_weights=False, task_type="CAUSAL_LM")
 
-    def lora(*modules: str) -> Any:
-        return peft.LoraConfig(r=4, target_modules=list(modules), init_lora_weights=False, task_type="CAUSAL_LM")
 
-    def wrapped(**settings: Any) -> Any:
-        torch.manual_seed(3)
-        return peft.get_peft_model(tiny_model(**POLICY), lora("q_proj"), **settings)
+def wrapped(**settings: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    return peft.get_peft_model(tiny_model(**POLICY), lora("q_proj"), **settings)
 
-    refused: list[tuple[dict[str, Any], type[Exception]]] = [
-        ({"model": policy_path, "peft_config": lora("q_proj", "lm_head")}, ValueError),
-        ({"model": wrapped(adapter_name="mine")}, KeyError),
-        ({"model": wrapped(), "peft_config": lora("v_proj")}, ValueError),
-        ({"model": tiny_model(**POLICY), "ref_model": wrapped()}, AttributeError),
-    ]
-    for arguments, error in refused:
-        with pytest.raises(error):
-            run("trl", "dpo", {}, **arguments)
-    for arguments, _ in refused:
-        log = run("prefopt", "dpo", {}, **arguments)
-        if "ref_model" not in arguments:
-            assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
-        assert log[2]["loss"] != pytest.approx(log[0]["loss"], rel=1e-4)
+
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]]] = {
+    "adapter on the head": (lambda: {"peft_config": lora("q_proj", "lm_head")}, ValueError),
+    "adapter of another name": (lambda: {"model": wrapped(adapter_name="mine")}, KeyError),
+    "new adapter on an adapted model": (lambda: {"model": wrapped(), "peft_config": lora("v_proj")}, ValueError),
+    "adapted model as reference": (lambda: {"ref_model": wrapped()}, AttributeError),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_adapters_that_trl_refuses(case: str, policy_path: str) -> None:
+    arguments, error = REFUSED[case]
+    with pytest.raises(error):
+        run("trl", "dpo", {}, **{"model": policy_path} | arguments())
+    log = run("prefopt", "dpo", {}, **{"model": policy_path} | arguments())
+    if case != "adapted model as reference":
+        assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    assert log[2]["loss"] != pytest.approx(log[0]["loss"], rel=1e-4)

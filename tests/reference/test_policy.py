@@ -259,6 +259,7 @@ def test_a_named_adapter_is_the_reference() -> None:
     model.set_adapter("second")
     reference = make_reference(model, ref_adapter_name="first")
     assert isinstance(reference, NamedAdapter)
+    next(p for name, p in model.named_parameters() if ".second." in name).requires_grad_(False)
     before = state(model)
     assert_close(log_probs(reference(batch)), wanted, **EXACT)
     assert_same_state(before, state(model))
@@ -313,6 +314,7 @@ def test_precomputed_asks_its_source_or_names_the_rows() -> None:
     model = tiny_llama()
     reference = make_reference(model, precomputed=True)
     assert isinstance(reference, Precomputed)
+    assert not reference.derives_from_policy
     batch = batch_of()
     start = log_probs(policy_stats(model, batch))
     shake(model)

@@ -252,7 +252,9 @@ def test_an_option_without_effect_gets_a_warning(config, options, part):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_defaults_and_checkpointing_give_no_warning(config):
     assert warnings_of(config) == []
-    assert warnings_of(config, gradient_checkpointing=False, gradient_checkpointing_kwargs={"use_reentrant": False}) == []
+    assert (
+        warnings_of(config, gradient_checkpointing=False, gradient_checkpointing_kwargs={"use_reentrant": False}) == []
+    )
 
 
 # Objective
@@ -266,11 +268,14 @@ def test_dpo_options_reach_the_objective():
     assert objective.ld_alpha == 0.5
 
 
+ALPHA_DIVERGENCE = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}
+
+
 @pytest.mark.parametrize(
     ("config", "options", "expected"),
     [
         (DPOConfig, {"f_divergence_type": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
-        (DPOConfig, {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}, {"f_alpha_divergence_coef": 0.3}),
+        (DPOConfig, ALPHA_DIVERGENCE, ALPHA_DIVERGENCE),
         (DPOConfig, {"loss_type": "discopop", "discopop_tau": 0.1}, {"discopop_tau": 0.1}),
         (DPOConfig, {"loss_type": "bco_pair", "bco_shift": True}, {"bco_shift": True}),
         (CPOConfig, {"loss_type": "simpo", "simpo_gamma": 1.5, "cpo_alpha": 0.0}, {"gamma": 1.5, "nll_weight": 0.0}),

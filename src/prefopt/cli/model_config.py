@@ -103,8 +103,9 @@ def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
 
 def _target_modules(given: str | list[str] | None) -> str | list[str] | None:
     """PEFT reads text as a pattern for whole module paths, which the bare name of a module never matches."""
-    is_module_name = isinstance(given, str) and re.fullmatch(r"\w+", given)
-    return [given] if is_module_name else given
+    if isinstance(given, str) and re.fullmatch(r"\w+", given):
+        return [given]
+    return given
 
 
 def get_kbit_device_map() -> dict[str, int] | None:

@@ -74,7 +74,7 @@ def _name(key: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'beta'?)``, or nothing where no known name is close.
+    """A hint at the known name that is closest, or nothing where none is close.
 
     Example:
         >>> nearest("bta", ["beta", "seed"])

@@ -89,17 +89,15 @@ def _load(builder: str, split: str | None, arguments: dict[str, Any], path: str)
             f"{path}: no local file or folder has this name, and the Hub cannot be reached ({error}). "
             f"Check the spelling, and the folder the command runs in."
         ) from None
-    except ValueError as error:
+    except Exception as error:  # the readers of `datasets` raise many kinds, and wrap some
         splits = _splits(error)
-        if splits is None:
-            raise ValueError(f"{path}: {error}") from error
-        raise missing_split(path, str(split), splits) from None
-    except Exception as error:  # the readers of `datasets` wrap what went wrong
+        if splits is not None:
+            raise missing_split(path, str(split), splits) from None
         cause = error.__cause__ or error
         raise ValueError(f"{path}: the data cannot be read ({type(cause).__name__}: {cause}).") from error
 
 
-def _splits(error: ValueError) -> str | None:
+def _splits(error: Exception) -> str | None:
     """The splits there are, as the message of ``datasets`` about a missing one names them."""
     _, found, rest = str(error).partition("Should be one of ")
     if found:

@@ -87,7 +87,7 @@ def module_is_identity(module: Any, name: str) -> bool:
 
 def lora_is_identity(module: Any, name: str) -> bool:
     """Whether B A = 0 because one factor is zero. Variants (DoRA and others) compute something else."""
-    if name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name):
+    if name in module.lora_variant:
         return False
     if name in module.lora_embedding_A:
         return is_zero(module.lora_embedding_A[name]) or is_zero(module.lora_embedding_B[name])

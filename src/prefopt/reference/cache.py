@@ -129,7 +129,7 @@ def read_shard(path: Path, reference: str) -> dict[bytes, Values]:
         if metadata(content)["reference"] != reference:
             raise ValueError("it belongs to another reference")
         tensors = load(content)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         logger.warning("%s is not read (%s); its log-probs are computed anew. It can be deleted.", path, error)
         return {}
     return {

@@ -178,9 +178,11 @@ class Precomputed(ReferencePolicy):
         source: for rows that were not precomputed (streams, a new set in ``evaluate``).
     """
 
+    derives_from_policy = False
+    """What comes with the data may be of any model: it is not held against the policy."""
+
     def __init__(self, source: ModelReference | None = None) -> None:
         self.source = source
-        self.derives_from_policy = source is not None and source.derives_from_policy
 
     def __call__(self, batch: PreferenceBatch) -> Mapping[Branch, SequenceStats]:
         if batch.ref_sum_logps is not None:

@@ -133,7 +133,9 @@ def test_every_command_is_in_the_overview():
 def test_help_all_shows_every_option(capsys):
     assert cli.main(["cpo", "--help-all"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"--{name}" in printed for name in ("cpo_alpha", "lora_r", "dataset_name", "test_split_size", "adam_beta1"))
+    assert all(
+        f"--{name}" in printed for name in ("cpo_alpha", "lora_r", "dataset_name", "test_split_size", "adam_beta1")
+    )
 
 
 def test_the_installed_command_is_this_one():

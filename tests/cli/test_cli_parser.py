@@ -83,8 +83,14 @@ def test_bf16_is_a_flag(arguments, expected):
 
 
 def test_lists_and_json():
-    made = dpo(["--loss_type", "sigmoid", "bco_pair", "--loss_weights", "1.0", "0.5", "--model_init_kwargs", '{"a": 1}'])
-    assert (made.loss_type, made.loss_weights, made.model_init_kwargs) == (["sigmoid", "bco_pair"], [1.0, 0.5], {"a": 1})
+    made = dpo(
+        ["--loss_type", "sigmoid", "bco_pair", "--loss_weights", "1.0", "0.5", "--model_init_kwargs", '{"a": 1}']
+    )
+    assert (made.loss_type, made.loss_weights, made.model_init_kwargs) == (
+        ["sigmoid", "bco_pair"],
+        [1.0, 0.5],
+        {"a": 1},
+    )
 
 
 @pytest.mark.parametrize("config", [CPOConfig, TPOConfig])
@@ -199,8 +205,8 @@ def test_env_block_is_set(run_file, monkeypatch):
 
 def test_a_mixture_in_yaml(run_file):
     path = run_file(
-        "datasets:\n  - path: a.jsonl\n    fraction: 0.25\n  - path: b\n    split: test\n    columns: [prompt, chosen]\n"
-        "    fraction: 0.75\ntest_split_size: 16\nstreaming: false\n"
+        "datasets:\n  - path: a.jsonl\n    fraction: 0.25\n  - path: b\n    split: test\n"
+        "    columns: [prompt, chosen]\n    fraction: 0.75\ntest_split_size: 16\nstreaming: false\n"
     )
     *_, mixture = PrefParser(ALL).parse_args_and_config([*BASE, "--config", path])
     assert mixture.datasets == [

@@ -22,6 +22,11 @@ from prefopt.trainer.config import DPOConfig
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     return save_tiny(tmp_path / "model")

@@ -1,0 +1,28 @@
+"""What all tests share: no network, one thread, no writes outside temporary folders, and the shared real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data, models and tokenizers, beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("no folder 'shared' beside the checkout: its real data, model and tokenizer are not here")
+    return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches of this run, so that no test sees what an earlier run computed."""
+    os.environ["PREFOPT_CACHE"] = str(tmp_path_factory.mktemp("prefopt_cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets_cache"))

@@ -1,0 +1,74 @@
+"""A run that was interrupted and resumed is the run that was not: weights and every logged row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import dataset, log_rows, trainer, weights
+
+CASES = {
+    "dpo": ("dpo", {}),
+    "dpo-stream": ("dpo", {"stream": True}),
+    "dpo-workers": ("dpo", {"dataloader_num_workers": 1}),
+    "simpo-accumulating": (
+        "cpo",
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ),
+    "tpo": ("tpo", {}),
+    "dpo-lora": ("dpo", {"lora": True}),
+    "tr-dpo": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    "tr-dpo-lora": ("dpo", {"lora": True, "sync_ref_model": True, "ref_model_sync_steps": 2}),
+    "bco-shift": ("dpo", {"loss_type": "bco_pair", "bco_shift": True}),
+    "epochs": ("dpo", {"max_steps": -1, "num_train_epochs": 2, "count": 12}),
+}
+
+
+def made(folder: Path, method: str, options: dict):
+    options = dict(options)
+    stream, lora = options.pop("stream", False), options.pop("lora", False)
+    if lora:
+        from peft import LoraConfig
+
+        torch.manual_seed(3)
+        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    if stream:
+        options["rows"] = dataset().to_iterable_dataset()
+    return trainer(folder, method, save_strategy="steps", save_steps=1, logging_steps=3, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resuming_changes_nothing(name: str, tmp_path: Path) -> None:
+    """The checkpoint lies between two log rows, so that the running sums have to survive too."""
+    method, options = CASES[name]
+    whole = made(tmp_path / "whole", method, options)
+    whole.train()
+    for step in (1, 4):
+        resumed = made(tmp_path / "resumed", method, options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert torch.equal(weights(resumed.model), weights(whole.model)), step
+        assert log_rows(resumed) == log_rows(whole), step
+
+
+def test_the_checkpoint_has_what_users_look_for(tmp_path: Path) -> None:
+    run = made(tmp_path, "dpo", {})
+    run.train()
+    files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "README.md"} <= files
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    assert torch.equal(weights(loaded), weights(run.model))
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_a_run_can_be_trained_further_with_more_steps(tmp_path: Path) -> None:
+    """``train`` may be called again on one trainer, as tools that train in chunks do."""
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    first = weights(run.model)
+    run.args.max_steps = 4
+    run.train()
+    assert run.state.global_step == 4
+    assert not torch.equal(first, weights(run.model))

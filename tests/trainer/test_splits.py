@@ -1,0 +1,112 @@
+"""One optimizer step, however it is cut: into micro-batches, layouts, with a smaller last step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import log_rows, relative_difference, trainer, weights
+
+WEIGHTS_TOLERANCE = 1e-6
+"""Relative norm after ten steps in float32: only the order of summation differs."""
+
+SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+LOSSES = [
+    ("dpo", {"loss_type": "sigmoid"}),
+    ("dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
+    ("dpo", {"loss_type": "ipo", "ld_alpha": 0.5, "use_weighting": True}),
+    ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.5}),
+    ("tpo", {"loss_type": "tpo-l", "beta": 0.5}),
+]
+SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 10, "lr_scheduler_type": "constant"}
+"""Adam divides by gradients that are close to zero, which makes rounding visible; SGD keeps the scale."""
+
+
+@pytest.mark.parametrize(("method", "options"), LOSSES, ids=lambda value: str(value)[:40])
+def test_every_split_gives_the_same_weights(method: str, options: dict, tmp_path: Path) -> None:
+    """21 rows and 8 pairs a step: the last step of an epoch has 5, so that the token means are not of equal size."""
+    found = {}
+    for per_device, accumulation in SPLITS:
+        run = trainer(
+            tmp_path,
+            method,
+            count=21,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            **{**SGD, **options},
+        )
+        start = weights(run.model)
+        run.train()
+        found[per_device] = weights(run.model), log_rows(run)
+        assert relative_difference(found[per_device][0], start) > 1e-3  # it has moved, so that the test says something
+    for per_device, (moved, rows) in found.items():
+        assert relative_difference(moved, found[8][0]) < WEIGHTS_TOLERANCE, per_device
+        for row, expected in zip(rows, found[8][1], strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6), per_device
+
+
+@pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
+def test_every_layout_gives_the_same_weights_and_log(method: str, tmp_path: Path) -> None:
+    found = {}
+    for layout in ("padded", "packed", "shared_prompt"):
+        run = trainer(tmp_path, method, count=21, layout=layout, **SGD)
+        assert run.layout.layout == layout
+        run.train()
+        found[layout] = weights(run.model), log_rows(run)
+    for layout in ("packed", "shared_prompt"):
+        assert relative_difference(found[layout][0], found["padded"][0]) < 1e-5
+        for row, expected in zip(found[layout][1], found["padded"][1], strict=True):
+            assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_the_accumulation_that_the_user_set_is_what_the_user_sees(tmp_path: Path) -> None:
+    """Inside the loop a step is one item; outside, and in what is saved, nothing of that shows."""
+    import torch
+
+    run = trainer(tmp_path, gradient_accumulation_steps=3, max_steps=2, save_strategy="steps", save_steps=1)
+    run.train()
+    assert run.args.gradient_accumulation_steps == 3
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert saved.gradient_accumulation_steps == 3
+    assert run.state.log_history[0]["epoch"] == pytest.approx(1 / 4)  # 40 rows, 12 pairs a step
+
+
+def test_epochs_have_a_smaller_last_step_and_drop_last_leaves_it_out(tmp_path: Path) -> None:
+    options = {"max_steps": -1, "num_train_epochs": 2, "count": 10, "per_device_train_batch_size": 4}
+    assert trainer(tmp_path, **options).train().global_step == 6
+    assert trainer(tmp_path, dataloader_drop_last=True, **options).train().global_step == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_come_in_the_order_of_transformers(workers: int, tmp_path: Path) -> None:
+    """Random order by seed and epoch as accelerate's seedable sampler has it."""
+    import torch
+
+    run = trainer(tmp_path, max_steps=10, dataloader_num_workers=workers)
+    seen: list[int] = []
+    original = run.training_step
+
+    def watched(model, step, *rest):
+        seen.extend(row for batch in step.micro_batches for row in batch.rows)
+        return original(model, step, *rest)
+
+    run.training_step = watched
+    run.train()
+    assert seen == torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()
+
+
+def test_length_grouping_sees_every_row_once_and_groups(tmp_path: Path) -> None:
+    run = trainer(tmp_path, count=400, train_sampling_strategy="group_by_length", max_steps=100)
+    run.accumulation = 1
+    steps = [step.micro_batches[0] for step in run.get_train_dataloader()]
+    assert sorted(row for batch in steps for row in batch.rows) == list(range(400))
+    spread = [max(lengths) - min(lengths) for batch in steps if (lengths := pair_lengths(run, batch.rows))]
+    random_run = trainer(tmp_path, count=400, max_steps=100)
+    random_run.accumulation = 1
+    loose = [max(n) - min(n) for step in random_run.get_train_dataloader() if (n := pair_lengths(run, step.micro_batches[0].rows))]
+    assert sum(spread) < 0.5 * sum(loose)
+
+
+def pair_lengths(run, rows) -> list[int]:
+    prepared = run.train_dataset
+    return [len(prepared[row]["prompt_ids"]) + len(prepared[row]["chosen_ids"]) + len(prepared[row]["rejected_ids"]) for row in rows]
