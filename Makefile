@@ -28,7 +28,7 @@ quickstart: .venv/.base
 test: .venv/.test
 	$(BIN)/pytest $(TESTS) -n $(JOBS) --dist loadfile --durations 10
 ifeq ($(TESTS),tests)
-	$(BIN)/pytest --doctest-modules --doctest-glob '*.md' src docs README.md -n $(JOBS) --dist loadfile
+	$(BIN)/pytest --doctest-modules --doctest-glob '*.md' src docs $(wildcard README.md) -n $(JOBS) --dist loadfile
 endif
 
 lint: .venv/.lint

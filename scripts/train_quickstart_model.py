@@ -16,8 +16,14 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: kernels that do not depend on which newer instructions this processor has.
-os.environ |= {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+if __name__ == "__main__":
+    # Before torch is imported: kernels that do not depend on which newer instructions this processor has.
+    os.environ |= {
+        "MKL_CBWR": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "OMP_NUM_THREADS": "1",
+    }
 
 import argparse
 import json
@@ -137,8 +143,6 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 def train_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
     """Next-token cross-entropy over the answers' tokens, AdamW."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     model = new_model(tokenizer, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
     for step, (ids, labels) in enumerate(islice(batches(tokenizer, recipe), recipe.num_steps)):
@@ -197,6 +201,8 @@ def main() -> int:
     parser.add_argument("--num_steps", type=int, default=Recipe.num_steps, help="fewer for a trial")
     options = parser.parse_args()
     recipe = Recipe(num_steps=options.num_steps)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     if not options.check:
         build(options.folder, recipe)
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -41,5 +40,4 @@ def model(model_folder: dict[str, str]) -> str:
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An output folder; the working directory is a temporary one too."""
     monkeypatch.chdir(tmp_path)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return str(tmp_path / "out")

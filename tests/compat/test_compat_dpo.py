@@ -47,8 +47,8 @@ def test_what_is_no_adapter(model: str, out: str) -> None:
 
 
 def test_images_need_a_model_that_sees(model: str, out: str) -> None:
-    rows = conversational_rows(4) | {"images": [[] for _ in range(4)]}
-    with pytest.raises(ValueError, match=r"vision-related.*vision-language model"):
+    rows = conversational_rows(4) | {"images": [["photo.jpg"]] * 4}
+    with pytest.raises(ValueError, match=r"(?is)vision-related.*vision-language model"):
         DPOTrainer(model, args=config(out), train_dataset=Dataset.from_dict(rows))
 
 
@@ -97,7 +97,6 @@ def test_a_loss_name_becomes_a_list(out: str) -> None:
 def test_no_pad_token_becomes_the_eos_token(model: str, out: str) -> None:
     trainer = DPOTrainer(model, args=config(out), train_dataset=pairs())
     assert trainer.processing_class.pad_token == trainer.processing_class.eos_token
-    assert trainer.model.config.pad_token_id == trainer.processing_class.pad_token_id
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def test_a_synchronised_reference_moves(model: str, out: str) -> None:
 
 def test_weights_of_half_precision(model: str, out: str) -> None:
     """``dtype`` as a ``torch.dtype``; the weights stay in it and the run ends."""
-    args = config(out, model_init_kwargs={"dtype": torch.float16}, learning_rate=0.01)
+    args = config(out, model_init_kwargs={"dtype": torch.float16})
     trainer = DPOTrainer(model, args=args, train_dataset=pairs())
     still = train_and_compare(trainer)
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float16}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from data_helpers import CHATML, LLAMA, MERGES, TOOLS, assistant, byte_tokenizer, prepared, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 
 from prefopt.data.encoding import TextEncoder
 from prefopt.data.render import tokenize_examples
@@ -58,6 +58,17 @@ def test_an_empty_prompt_is_the_bos() -> None:
         assert kept["prompt_ids"] == [tokenizer.bos_token_id]
         assert tokenizer.decode(kept["chosen_ids"]).strip() == "a</s>"
         assert kept["chosen_mask"][-2:] == [True, True]
+
+
+def test_an_empty_prompt_is_the_bos_also_where_the_tokenizer_adds_none() -> None:
+    """GPT-2's kind: it has a BOS and writes it nowhere; generation from nothing starts with it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<s>"
+    [kept] = prepared([{"prompt": "", "chosen": "a", "rejected": "b"}], tokenizer)
+    assert tokenizer.decode(kept["prompt_ids"]) == "<s>"
+    assert tokenizer.decode(kept["chosen_ids"]) == "a</s>"
+    [kept] = prepared([{"prompt": "x", "chosen": "a", "rejected": "b"}], tokenizer)
+    assert tokenizer.decode(kept["prompt_ids"]) == "x"
 
 
 def test_an_empty_prompt_without_a_bos_leaves_the_first_token_unscored() -> None:
@@ -191,9 +202,19 @@ def test_a_shared_prompt_is_tokenised_once_with_the_same_ids(prompt: str, one: s
     assert [ids, *others] == tokenizer(texts, add_special_tokens=special)["input_ids"]
 
 
-def test_tokenizers_whose_texts_must_stay_whole(shared: Path, qwen2: Any, stories: Any) -> None:
+def test_real_tokenizers_that_may_be_cut(qwen2: Any, stories: Any) -> None:
     assert TextEncoder(qwen2).can_cut
-    assert not TextEncoder(stories).can_cut, "its normaliser writes a mark before every text"
+    assert not TextEncoder(stories).can_cut
+
+
+def test_tokenizers_whose_texts_must_stay_whole() -> None:
+    tokenizer = byte_tokenizer()
+    assert TextEncoder(tokenizer).can_cut
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    assert not TextEncoder(tokenizer).can_cut, "it writes a mark before every text"
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert not TextEncoder(tokenizer).can_cut, "its tokens may hold several words"
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["the end"])
     assert not TextEncoder(tokenizer).can_cut, "a cut could fall into this token"

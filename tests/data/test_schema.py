@@ -35,7 +35,7 @@ def test_the_gold_completion_shares_the_prompt() -> None:
     example = parsed(row, TRIPLE)
     assert example.prompt == "Q: x\nA:"
     assert example.completions["gold"] == " first"
-    with pytest.raises(ValueError, match=r"row 7, column 'reference'.*does not begin with the prompt"):
+    with pytest.raises(ValueError, match=r"row 7, column 'reference'.*does not begin with the implicit prompt"):
         parse_row({**row, "reference": "first"}, 7, TRIPLE)
 
 

@@ -42,8 +42,8 @@ TARGETS = {
     "prefopt.normalise": ["test_normalise.py"],
     "prefopt.objective.inputs": ["test_objective.py"],
     "prefopt.objective.tables": ["test_objective.py"],
-    "prefopt.objective.core": ["test_objective.py"],
-    "prefopt.objective.rules": ["test_objective.py"],
+    "prefopt.objective.core": ["test_objective.py", "test_objective_rules.py"],
+    "prefopt.objective.rules": ["test_objective_rules.py"],
 }
 """Module -> the tests that must notice a change in it."""
 

@@ -44,6 +44,8 @@ COMMON: dict[str, Any] = {
 gradient shows in ``grad_norm`` of step 1 and in all of steps 2 and 3. Adam would hide a factor."""
 
 HOME_IN_TRL = {"dpo": "trl", "cpo": "trl.experimental.cpo", "tpo": "trl.experimental.tpo"}
+OUTPUTS = tempfile.TemporaryDirectory(prefix="parity-")
+"""Output folders of all runs; removed when the interpreter ends."""
 BOOKKEEPING = {"epoch", "step", "total_flos"}
 
 
@@ -66,7 +68,7 @@ def build(library: Library, method: str, config: Mapping[str, Any], **arguments:
     make_config, make_trainer = classes(library, method)
     given = {"model": tiny_model(**POLICY), "processing_class": padding_tokenizer()} | arguments
     given.setdefault("train_dataset", Dataset.from_dict(standard_rows(gold=method == "tpo")))
-    output = tempfile.mkdtemp(prefix="parity-")
+    output = tempfile.mkdtemp(dir=OUTPUTS.name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make_trainer(args=make_config(output_dir=output, **{**COMMON, **config}), **given)

@@ -110,3 +110,22 @@ def test_num_tokens_is_trls() -> None:
     )
     for library in ("trl", "prefopt"):
         assert run(library, "dpo", {}, **reference("dpo"))[-1]["num_tokens"] == expected
+
+
+@pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
+def test_predictions_are_rewards_and_log_probs_of_pairs(method: str) -> None:
+    """``compute_metrics``: an entry per pair and the lengths; TRL hands over padded logits, or two means (CPO)."""
+    rows = standard_rows(5, seed=5, gold=method == "tpo")
+    seen: list[Any] = []
+
+    def keep(prediction: Any) -> dict[str, float]:
+        seen.append(prediction)
+        return {}
+
+    data = Dataset.from_dict(rows)
+    metrics = build("prefopt", method, {}, eval_dataset=data, compute_metrics=keep, **reference(method)).evaluate()
+    predictions, lengths = seen[0].predictions, seen[0].label_ids
+    scores = score_rows(tiny_model(**POLICY), word_tokenizer(), rows)
+    assert predictions.logps_chosen == pytest.approx(sums(scores["chosen"]).numpy(), rel=RELATIVE)
+    assert predictions.rewards_rejected.mean() == pytest.approx(metrics["eval_rewards/rejected"], rel=RELATIVE)
+    assert list(lengths.rejected) == [len(completion.logps) for completion in scores["rejected"]]

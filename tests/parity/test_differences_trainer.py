@@ -83,13 +83,14 @@ def test_experts_are_balanced_by_every_method(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
-def test_prompt_tuning(method: str, policy_path: str) -> None:
-    """Virtual tokens in front of every sequence: refused or broken in TRL's CPO and TPO."""
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_tuning(kind: str, method: str, policy_path: str) -> None:
+    """Virtual tokens or keys in front of every sequence; in TRL prompt tuning with DPO alone."""
     peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
     log = run("prefopt", method, {}, model=policy_path, peft_config=config)
     assert log[2]["loss"] != log[0]["loss"]
-    if method != "dpo":
+    if (kind, method) != ("PromptTuningConfig", "dpo"):
         with pytest.raises((ValueError, RuntimeError)):
             run("trl", method, {}, model=policy_path, peft_config=config)
 
@@ -110,3 +111,29 @@ def test_packed_batches() -> None:
     packed = run("prefopt", "dpo", config, ref_model=tiny_model(**REFERENCE))
     padded = run("trl", "dpo", config, ref_model=tiny_model(**REFERENCE))
     assert [row["loss"] for row in packed] == pytest.approx([row["loss"] for row in padded], rel=1e-3)
+
+
+def test_cpo_loads_weights_in_float32(tmp_path: Path) -> None:
+    """A checkpoint in bfloat16, given by its path: float32 in all three trainers; TRL's CPO keeps bfloat16."""
+    tiny_model(**POLICY).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert build("prefopt", "cpo", {}, model=str(tmp_path)).model.dtype == torch.float32
+    assert build("trl", "cpo", {}, model=str(tmp_path)).model.dtype == torch.bfloat16
+
+
+def test_cpo_without_a_limit_cuts_nothing() -> None:
+    """``max_length=None``: no limit. TRL's CPO takes 512."""
+    rows = standard_rows(2)
+    rows["chosen"] = [completion + " baba" * 600 for completion in rows["chosen"]]
+    arguments = {"train_dataset": Dataset.from_dict(rows)}
+    whole = len(word_tokenizer()(rows["prompt"][0] + rows["chosen"][0] + "</s>")["input_ids"])
+    ours = build("prefopt", "cpo", {"max_length": None}, **arguments).train_dataset[0]
+    theirs = build("trl", "cpo", {"max_length": None}, **arguments).train_dataset[0]
+    assert len(ours["prompt_ids"]) + len(ours["chosen_ids"]) == whole
+    assert len(theirs["chosen_input_ids"]) == 512
+
+
+def test_options_of_loading_beside_a_loaded_model_are_ignored_by_cpo_too() -> None:
+    config = {"model_init_kwargs": {"dtype": "float16"}}
+    assert build("prefopt", "cpo", config).model.dtype == torch.float32
+    with pytest.raises(ValueError, match="already instantiated"):
+        build("trl", "cpo", config)

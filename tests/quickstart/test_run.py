@@ -21,7 +21,8 @@ from prefopt.cli.main import main as prefopt
 from prefopt.quickstart import ASSETS, preference_set
 from prefopt.quickstart import run as quickstart_run
 from prefopt.quickstart.measure import Measured, measure
-from prefopt.quickstart.report import CurvePoint, Outcome, markdown, next_commands
+from prefopt.quickstart.report import CurvePoint, Outcome, examples, markdown, next_commands
+from prefopt.quickstart.task import parse
 
 OFFLINE = """
 import socket, sys
@@ -34,10 +35,10 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A run of twelve steps, which is too short to learn anything; and what it prints."""
+    """A run of 27 steps, which is too short to learn anything; and what it prints."""
     text = io.StringIO()
     folder = tmp_path_factory.mktemp("small") / "quickstart"
-    outcome = quickstart_run.run(1, folder, num_pairs=96, num_held_out=12, console=Console(file=text, width=120))
+    outcome = quickstart_run.run(1, folder, num_pairs=144, num_held_out=12, console=Console(file=text, width=120))
     return outcome, text.getvalue()
 
 
@@ -49,15 +50,15 @@ def test_run_leaves_models_rows_and_report(small):
     assert all(torch.equal(base[name], shipped[name]) for name in shipped)
     assert any(not torch.equal(trained[name], shipped[name]) for name in shipped)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert rows == preference_set("train", 96, seed=1).to_list()
+    assert rows == preference_set("train", 144, seed=1).to_list()
 
 
 def test_run_prints_before_steps_after_and_what_failed(small):
     outcome, text = small
     assert text.count("generated answer is right") == 2
-    assert text.count("  before  ") == 3 * 2
-    assert text.count("  after   ") == 3
-    assert "step   12 of 12" in text
+    assert text.count("\n  before  ") == 3 * 2
+    assert text.count("\n  after   ") == 3
+    assert "step   25 of 27" in text
     assert "It did not work" in text
     assert not outcome.has_risen
     assert str(outcome.output_dir / "report.md") in text
@@ -133,6 +134,14 @@ def test_exit_status_says_whether_both_shares_rose(before, after, has_risen, tmp
     assert quickstart_run.main(["--output_dir", str(tmp_path)]) == (0 if has_risen else 1)
 
 
+def test_examples_are_the_first_wrong_of_each_family():
+    prompts = tuple(preference_set("held_out", 24)["prompt"])
+    wrong = [1, 6, 3, 8, 17]  # rows 0, 1, 6 are of the first family, 3 and 8 of the second, 17 of the third
+    answers = tuple("" if row in wrong else parse(prompt).right for row, prompt in enumerate(prompts))
+    assert examples(prompts, dataclasses.replace(LOW, answers=answers)) == (1, 3, 17)
+    assert examples(prompts, dataclasses.replace(LOW, answers=tuple(parse(p).right for p in prompts))) == (0, 2, 4)
+
+
 def test_report_has_the_figures_answers_curve_and_settings():
     lines = markdown(outcome_with(LOW, HIGH)).splitlines()
     assert "| preferred answer is the likelier | 50.0% | 95.0% |" in lines
@@ -146,3 +155,16 @@ def test_folder_that_cannot_be_made_is_a_message(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     assert quickstart_run.main(["--output_dir", str(tmp_path / "taken")]) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_gold_rows_train_tpo(tmp_path):
+    """Four steps of TPO move the model towards the gold answers."""
+    from prefopt import TPOConfig, TPOTrainer
+
+    rows = preference_set("train", 24, gold=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ASSETS), AutoTokenizer.from_pretrained(ASSETS)
+    gold = rows.select_columns(["prompt", "rejected"]).add_column("chosen", rows["reference"])
+    before = measure(model, tokenizer, gold)
+    config = TPOConfig(str(tmp_path), learning_rate=1e-4, max_steps=4, report_to="none", save_strategy="no", bf16=False)
+    TPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer).train()
+    assert measure(model, tokenizer, gold).chosen_logp > before.chosen_logp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def _tokenizer_content(processing_class: Any) -> list[Any]:
     if tokenizer.is_fast:
         text = tokenizer.backend_tokenizer.to_str()
         # What stands before the added tokens is the padding and truncation of the last call.
-        vocabulary: Any = text[text.index('"added_tokens"') :]
+        vocabulary: Any = hashlib.sha256(text[text.index('"added_tokens"') :].encode()).hexdigest()
     else:
         vocabulary = (tokenizer.get_vocab(), {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"})
     templates = [getattr(part, "chat_template", None) for part in (processing_class, tokenizer)]

@@ -35,10 +35,14 @@ SKIPPED = {
 }
 """Why a row is skipped: it has nothing to learn from."""
 
+_ANY_SKIPPED = sum(int(flag) for flag in SKIPPED)
+
 
 def skip_reason(status: int) -> str | None:
     """Why a row of this status is skipped; ``None`` for one that is kept."""
-    return next((reason for flag, reason in SKIPPED.items() if status & flag), None)
+    if not int(status) & _ANY_SKIPPED:  # nearly every row; operators of IntFlag are slow
+        return None
+    return next(reason for flag, reason in SKIPPED.items() if status & flag)
 
 
 @dataclass
@@ -73,6 +77,8 @@ class PrepareReport:
         reason = skip_reason(status)
         if reason is not None:
             self.skipped.setdefault(reason, []).append(row)
+            return
+        if not status:
             return
         self.num_truncated += bool(status & Status.TRUNCATED)
         self.num_merged += bool(status & Status.MERGED)

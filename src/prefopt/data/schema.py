@@ -62,8 +62,8 @@ def parse_row(
     """
     for column in _VISION_COLUMNS:
         if row.get(column):
-            fix = "Vision-language data is not supported yet: remove the column to train on the text alone."
-            raise bad_row(row_number, column, "the row has images", fix)
+            fix = "Training a vision-language model is not supported yet: remove the column to train on the text alone."
+            raise bad_row(row_number, column, "the row has images (vision-related data)", fix)
     ref_sum_logps = _reference_sums(row, row_number)
     if is_tokenized([name for name, value in row.items() if value is not None], branches):
         return parse_tokens(row, row_number, branches, ref_sum_logps)
@@ -144,7 +144,7 @@ def _split(
         return "" if is_text else [], completions
     length = find(whole)
     if length == 0 and len(whole) > 2 and find(whole[:2]) > 0:
-        problem = "it does not begin with the prompt that chosen and rejected share"
+        problem = "it does not begin with the implicit prompt, the one that chosen and rejected share"
         fix = "Put the prompt before it too, or give it as a column `prompt` and leave it out of all three."
         raise bad_row(row_number, COLUMN_OF_BRANCH["gold"], problem, fix)
     return whole[0][:length], {branch: completion[length:] for branch, completion in completions.items()}

@@ -11,15 +11,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from prefopt.quickstart.task import check, parse
+from prefopt.quickstart.task import ASKS, check, parse
 
 if TYPE_CHECKING:
     from prefopt.quickstart.measure import Measured
 
-__all__ = ["CurvePoint", "Outcome", "answers_text", "figures_table", "markdown", "next_commands"]
+__all__ = ["CurvePoint", "Outcome", "answers_text", "examples", "figures_table", "markdown", "next_commands"]
 
-EXAMPLES = (0, 3, 4)
-"""The held-out rows whose answers are shown: the first of each family, with every seed."""
 GOAL = 0.9
 """Both shares on held-out requests must end above this."""
 
@@ -35,7 +33,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything a quickstart found; times in seconds, `prompts` those of the held-out rows."""
+    """Everything a quickstart found; `prompts` are those of the held-out rows, times are in seconds."""
 
     seed: int
     output_dir: Path
@@ -63,6 +61,17 @@ class Outcome:
         return f"It did not work: both shares should start below {GOAL:.0%} and end above it. Please report this."
 
 
+def examples(prompts: Sequence[str], before: Measured) -> tuple[int, ...]:
+    """The rows to show: of each family of requests the first that is answered wrongly before, or else its first."""
+    families: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        families.setdefault(list(ASKS).index(parse(prompt).ask) // 2, []).append(row)
+    return tuple(
+        next((row for row in rows if not check(prompts[row], before.answers[row])), rows[0])
+        for _, rows in sorted(families.items())
+    )
+
+
 def figures_table(*columns: tuple[str, Measured]) -> Table:
     """The two shares and the mean log-probs, a column for each measurement."""
     table = Table("on held-out requests", *(name for name, _ in columns), box=box.SIMPLE_HEAD, pad_edge=False)
@@ -71,10 +80,10 @@ def figures_table(*columns: tuple[str, Measured]) -> Table:
     return table
 
 
-def answers_text(prompts: Sequence[str], *columns: tuple[str, Measured]) -> Text:
-    """Three requests and the answers to them, a line for each measurement."""
+def answers_text(prompts: Sequence[str], rows: Sequence[int], *columns: tuple[str, Measured]) -> Text:
+    """The requests of `rows` and the answers to them, a line for each measurement."""
     text = Text()
-    for row in EXAMPLES:
+    for row in rows:
         request = parse(prompts[row])
         text.append(f"{request.ask}: {' '.join(request.words)}\n", style="bold")
         for name, measured in columns:
@@ -111,7 +120,8 @@ def markdown(outcome: Outcome) -> str:
         f"{outcome.train_seconds:.1f} s, everything {outcome.total_seconds:.1f} s.",
         "## Before and after",
         _pipes(("on held-out requests", "before", "after"), _figures(measured)),
-        _pipes(("request", "should be", "before", "after"), _answers(outcome.prompts, measured)),
+        "The first request of each kind that the shipped model answers wrongly:",
+        _pipes(("request", "should be", "before", "after"), _answers(outcome, measured)),
         "The first share compares log p of the two answers under the policy alone, without the reference. The "
         "second is of the answers that the model itself generates, checked by a program.",
         "## Training",
@@ -130,8 +140,9 @@ def _figures(measured: Sequence[Measured]) -> Iterator[tuple[str, ...]]:
     yield "mean log p(rejected), nats", *(f"{each.rejected_logp:.2f}" for each in measured)
 
 
-def _answers(prompts: Sequence[str], measured: Sequence[Measured]) -> Iterator[tuple[str, ...]]:
-    for row in EXAMPLES:
+def _answers(outcome: Outcome, measured: Sequence[Measured]) -> Iterator[tuple[str, ...]]:
+    prompts = outcome.prompts
+    for row in examples(prompts, outcome.before):
         request = parse(prompts[row])
         yield (
             f"{request.ask}: {' '.join(request.words)}",

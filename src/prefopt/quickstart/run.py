@@ -17,11 +17,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from prefopt.quickstart import ASSETS
-from prefopt.quickstart.report import CurvePoint, Outcome, answers_text, figures_table, markdown, next_commands
+from prefopt.quickstart.report import (
+    CurvePoint,
+    Outcome,
+    answers_text,
+    examples,
+    figures_table,
+    markdown,
+    next_commands,
+)
 from prefopt.quickstart.task import preference_set
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from prefopt.quickstart.measure import Measured
 
 __all__ = ["SETTINGS", "main", "run"]
 
@@ -33,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "per_device_train_batch_size": 16,
-    "num_train_epochs": 2.0,
+    "num_train_epochs": 3.0,
     "max_length": 64,
     "gradient_checkpointing": False,
     "bf16": False,
@@ -41,9 +51,10 @@ SETTINGS: dict[str, Any] = {
 """Options of `DPOConfig` that differ from the defaults: a model this small takes a large learning rate."""
 
 _INTRODUCTION = (
-    "A small model (270,000 parameters, shipped with the package) can sort, repeat and rewrite words, but picks the way "
-    "to do it at random, whatever it is asked. DPO on {num_pairs} generated pairs teaches it to listen. The figures are "
-    "for {num_held_out} held-out requests: no training, of the shipped model or here, saw their words together."
+    "A small model (270,000 parameters, shipped with the package) can sort, repeat and rewrite words, but picks the "
+    "way to do it at random, whatever it is asked. DPO on {num_pairs} generated pairs teaches it to listen. The "
+    "figures are for {num_held_out} held-out requests: no training, of the shipped model or here, saw their words "
+    "together."
 )
 
 
@@ -106,7 +117,7 @@ def _measured_training(
     _write_inputs(folder, train, held_out, model, tokenizer)
     prompts = tuple(held_out["prompt"])
     before = measure(model, tokenizer, held_out)
-    console.print(figures_table(("before", before)), answers_text(prompts, ("before", before)), highlight=False)
+    _print_measured(prompts, before, console, ("before", before))
     trainer = _make_trainer(seed, folder / "model", train, model, tokenizer, console)
     train_start = time.perf_counter()
     trainer.train()
@@ -168,7 +179,7 @@ def _curve(log_history: Sequence[dict[str, Any]]) -> tuple[CurvePoint, ...]:
 
 def _print_ending(outcome: Outcome, console: Console) -> None:
     columns = ("before", outcome.before), ("after", outcome.after)
-    console.print(figures_table(*columns), answers_text(outcome.prompts, *columns), highlight=False)
+    _print_measured(outcome.prompts, outcome.before, console, *columns)
     console.print(outcome.verdict, style="bold green" if outcome.has_risen else "bold red")
     console.print(
         f"\nTrained model  {outcome.output_dir / 'model'}\nReport         {outcome.output_dir / 'report.md'}\n"
@@ -177,6 +188,14 @@ def _print_ending(outcome: Outcome, console: Console) -> None:
         highlight=False,
     )
     console.print("  " + " \\\n    ".join(next_commands(outcome)), highlight=False, soft_wrap=True)
+
+
+def _print_measured(
+    prompts: tuple[str, ...], before: Measured, console: Console, *columns: tuple[str, Measured]
+) -> None:
+    console.print(figures_table(*columns))
+    console.print("The first request of each kind that the shipped model answers wrongly:\n")
+    console.print(answers_text(prompts, examples(prompts, before), *columns), highlight=False)
 
 
 @contextmanager

@@ -1,0 +1,62 @@
+"""Two gloo ranks give the weights, the log and the metrics of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+from two_ranks import CASES, EVALUATED
+
+WEIGHTS_TOLERANCE = 1e-6
+"""Relative norm in float32 after at most five steps of SGD."""
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+LIMIT_SECONDS = 400
+"""A rank that waits for one that does not come would wait for ever."""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """World size -> case -> result; both worlds run at the same time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    worlds = {"1": [], "2": launcher}
+    running = {
+        world: subprocess.Popen(
+            [sys.executable, *prefix, str(SCRIPT), str(folder)],
+            env={**environment, "PREFOPT_CACHE": str(folder / world)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for world, prefix in worlds.items()
+    }
+    for world, process in running.items():
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+        assert process.returncode == 0, f"world {world}:\n{output[-4000:]}"
+    return {world: json.loads((folder / f"results-{world}.json").read_text()) for world in worlds}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_that_of_one_process(name: str, results: dict[str, dict]) -> None:
+    ours, alone = results["2"][name], results["1"][name]
+    weights, expected = (torch.tensor(result["weights"], dtype=torch.float64) for result in (ours, alone))
+    assert ((weights - expected).norm() / expected.norm()).item() < WEIGHTS_TOLERANCE
+    for row, expected_row in zip(ours["log"], alone["log"], strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", EVALUATED)
+def test_evaluation_is_that_of_one_process(count: int, results: dict[str, dict]) -> None:
+    ours, alone = (results[world][f"evaluate-{count}"] for world in ("2", "1"))
+    assert ours.pop("order") == pytest.approx(alone.pop("order"), rel=1e-5)
+    assert ours == pytest.approx(alone, rel=1e-5, abs=1e-6)
