@@ -7,9 +7,8 @@ TESTS  ?= tests
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet
 
-# On Linux the default torch is built for CUDA and gigabytes large; the index below has the small one.
-TORCH     ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
-CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Before anything that needs torch, so that no other build is chosen on its behalf.
+TORCH  ?= torch==2.13.0
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -42,7 +41,7 @@ clean:
 .venv/.python:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
-	$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --extra-index-url $(CPU_INDEX)
+	$(PIP) "$(TORCH)"
 	touch $@
 
 .venv/.base: .venv/.python pyproject.toml

@@ -73,6 +73,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 def test_every_public_name_can_be_imported() -> None:
+    assert set(prefopt.__all__) == set(prefopt.HOME_OF)
     for name in prefopt.__all__:
         assert getattr(prefopt, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -34,7 +34,26 @@ HOME_OF = {
 
 ALIAS_OF = {"TrlParser": "PrefParser"}
 
-__all__ = sorted(HOME_OF)  # noqa: PLE0605
+__all__ = [
+    "BEMACallback",
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "DataCollatorForPreference",
+    "DataCollatorForTriplePreference",
+    "DatasetMixtureConfig",
+    "ModelConfig",
+    "PrefParser",
+    "ScriptArguments",
+    "TPOConfig",
+    "TPOTrainer",
+    "TrlParser",
+    "get_dataset",
+    "get_kbit_device_map",
+    "get_peft_config",
+    "get_quantization_config",
+]
 
 if TYPE_CHECKING:
     from prefopt.batching import DataCollatorForPreference, DataCollatorForTriplePreference

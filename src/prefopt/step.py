@@ -60,4 +60,3 @@ def preference_step(
         terms = replace(terms, terms=(*terms.terms, aux))
     metrics = batch_metrics(batch, scores, terms, nll_branch=objective.nll_branch)
     return StepResult(terms, metrics, policy_stats, reference_stats)
-

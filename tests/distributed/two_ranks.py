@@ -1,6 +1,6 @@
 """Run by every rank of a test: the cases of ``CASES``, whose results rank 0 writes to a file.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/distributed/two_ranks.py FOLDER
+python -m torch.distributed.run --nproc_per_node 2 tests/distributed/two_ranks.py FOLDER
 """
 
 from __future__ import annotations

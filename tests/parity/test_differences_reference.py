@@ -137,6 +137,28 @@ def wrapped(**settings: Any) -> Any:
     return peft.get_peft_model(tiny_model(**POLICY), lora("q_proj"), **settings)
 
 
+ACTIVE: dict[str, Callable[[], Any]] = {
+    "LoRA without zeros": lambda: lora("q_proj"),
+    "prompt tuning": lambda: peft_config("PromptTuningConfig"),
+    "prefix tuning": lambda: peft_config("PrefixTuningConfig"),
+}
+
+
+def peft_config(kind: str) -> Any:
+    return getattr(pytest.importorskip("peft"), kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+@pytest.mark.parametrize("kind", ACTIVE)
+def test_a_new_adapter_that_acts_from_the_start_is_part_of_the_reference(kind: str, policy_path: str) -> None:
+    """TRL switches the adapter off for the reference: a margin before anything was learned."""
+    arguments = {"model": policy_path, "peft_config": ACTIVE[kind]()}
+    ours, theirs = (
+        run(library, "dpo", {"max_steps": 1}, **arguments)[0]["rewards/margins"] for library in ("prefopt", "trl")
+    )
+    assert ours == pytest.approx(0.0, abs=1e-6)
+    assert abs(theirs) > 1e-2
+
+
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]]] = {
     "adapter on the head": (lambda: {"peft_config": lora("q_proj", "lm_head")}, ValueError),
     "adapter of another name": (lambda: {"model": wrapped(adapter_name="mine")}, KeyError),

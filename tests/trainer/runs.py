@@ -35,7 +35,9 @@ def trainer(
         "save_strategy": "no",
         **options,
     }
-    arguments = {name: options.pop(name) for name in ("eval_dataset", "compute_metrics", "callbacks") if name in options}
+    arguments = {
+        name: options.pop(name) for name in ("eval_dataset", "compute_metrics", "callbacks") if name in options
+    }
     model = options.pop("model", None) or tiny_model(seed=1)
     if peft_config is not None:
         arguments["peft_config"] = peft_config
@@ -63,4 +65,7 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def log_rows(run: Any) -> list[dict[str, float]]:
     """What was logged, without times."""
-    return [{k: v for k, v in row.items() if k not in TIMED and "runtime" not in k and "per_second" not in k} for row in run.state.log_history]
+    return [
+        {k: v for k, v in row.items() if k not in TIMED and "runtime" not in k and "per_second" not in k}
+        for row in run.state.log_history
+    ]

@@ -61,9 +61,13 @@ def test_compute_metrics_gets_pairs_in_the_order_of_the_set(tmp_path: Path) -> N
 
     def compute(prediction):
         seen.append(prediction)
-        return {"margin": float((prediction.predictions.rewards_chosen - prediction.predictions.rewards_rejected).mean())}
+        return {
+            "margin": float((prediction.predictions.rewards_chosen - prediction.predictions.rewards_rejected).mean())
+        }
 
-    run = trainer(tmp_path, "cpo", eval_dataset=dataset(7, seed=1), compute_metrics=compute, per_device_eval_batch_size=3)
+    run = trainer(
+        tmp_path, "cpo", eval_dataset=dataset(7, seed=1), compute_metrics=compute, per_device_eval_batch_size=3
+    )
     result = run.evaluate()
     assert result["eval_margin"] == pytest.approx(result["eval_rewards/margins"], rel=1e-4)
     lengths = [len(row["chosen_ids"]) for row in run.eval_dataset]

@@ -31,11 +31,10 @@ def test_the_run_stops_before_the_weights_change_and_names_the_rows(tmp_path: Pa
     good.train()
     run = trainer(tmp_path, max_steps=6, lr_scheduler_type="constant")
     steps = poisoned(run, 3)
-    with pytest.raises(NonFiniteStepError, match=r"Step 3: the gradient norm is nan.*rows \d+"):
+    with pytest.raises(NonFiniteStepError, match=r"Step 3: the gradient norm is nan.*rows \d+") as error:
         run.train()
     assert torch.equal(weights(run.model), weights(good.model))
-    message = str(pytest.raises(NonFiniteStepError, run._get_grad_norm, run.model, torch.tensor(float("nan"))).value)
-    assert all(str(row) in message for row in steps[2].micro_batches[0].rows)
+    assert all(str(row) in str(error.value) for row in steps[2].micro_batches[0].rows)
 
 
 def test_skip_leaves_the_step_out_and_goes_on(tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ class DataCollatorForPreference(DataCollatorMixin):
         ids = prompt_ids + completion_ids
         mask = [0] * len(prompt_ids) + [int(t) for t in (trained if trained is not None else [1] * len(completion_ids))]
         if self.max_length is not None:
-            kept = slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            kept = (
+                slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            )
             ids, mask = ids[kept], mask[kept]
         return ids, mask
 
@@ -127,7 +129,7 @@ def collated_batch(
     has_context = attention_mask.cumsum(1) > 1
     row, place = ((completion_mask * attention_mask).bool() & has_context).nonzero(as_tuple=True)
     width = input_ids.shape[1]
-    references = {branch: f"ref_{branch}_logps" for branch in PAIR}
+    references: dict[Branch, str] = {branch: f"ref_{branch}_logps" for branch in PAIR}
     given = all(key in collated for key in references.values())
     model_inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if not attention_mask[:, 0].all():  # padded on the left: positions start where the tokens do

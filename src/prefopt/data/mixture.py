@@ -95,8 +95,10 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict:
         return DatasetDict({"train": combined})
     if isinstance(combined, IterableDataset):
         raise ValueError("test_split_size needs the number of rows, which a stream does not know. Unset one of them.")
-    logger.info("Splitting off a test set of size %s", mixture_config.test_split_size)
-    return combined.train_test_split(test_size=mixture_config.test_split_size, seed=_SPLIT_SEED)
+    size = mixture_config.test_split_size
+    size = int(size) if size >= 1 else size  # the command line makes every number a float; datasets wants whole rows
+    logger.info("Splitting off a test set of size %s", size)
+    return combined.train_test_split(test_size=size, seed=_SPLIT_SEED)
 
 
 def _load(config: DatasetConfig, streaming: bool) -> Any:

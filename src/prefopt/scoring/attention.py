@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,7 +29,7 @@ PREFIX = "prefopt_"
 
 
 @contextmanager
-def segment_attention(*models: PreTrainedModel) -> Iterator[None]:
+def segment_attention(*models: nn.Module) -> Iterator[None]:
     """Within the context the models understand segments. Contexts may be nested."""
     changed = [config for model in models for config in attention_configs(model)]
     for config in changed:
@@ -43,7 +43,7 @@ def segment_attention(*models: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
 
 
-def attention_configs(model: PreTrainedModel) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[Any]:
     """The distinct configs of the model's parts that do not yet name a segment implementation."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     return [c for c in configs.values() if not str(c._attn_implementation).startswith(PREFIX)]

@@ -30,7 +30,14 @@ LAYOUTS: dict[str, Callable[[Sequence[TokenizedExample], Sequence[Branch]], Pref
     "padded": pad_batch,
 }
 SEGMENT_LAYERS = {"full_attention", "sliding_attention"}
-RECURRENT_OPTIONS = ("layers_block_type", "block_types", "mamba_d_state", "ssm_state_size", "conv_L_cache", "state_size")
+RECURRENT_OPTIONS = (
+    "layers_block_type",
+    "block_types",
+    "mamba_d_state",
+    "ssm_state_size",
+    "conv_L_cache",
+    "state_size",
+)
 
 PACKABLE_ANYWAY = frozenset({"stablelm"})
 """Model types that use transformers' attention registry without declaring it."""

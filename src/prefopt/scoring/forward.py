@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefopt.scoring.attention import is_segments
 from prefopt.scoring.tokens import stats_of_logits, tiled_stats
 from prefopt.scoring.transforms import logit_transform
 from prefopt.types import PreferenceBatch, Scores, Statistic
@@ -102,7 +104,7 @@ def score_rows(model: PreTrainedModel | Any, request: ScoreRequest, *args: Any, 
     if request.with_aux_loss:
         inputs["output_router_logits"] = True
     if getattr(model, "_prefopt_full_logits", False):
-        outputs = model._prefopt_forward(*args, **inputs)
+        outputs: Any = model._prefopt_forward(*args, **inputs)  # type: ignore[operator]
         logits = outputs.logits.flatten(0, 1)[shifted(request, outputs.logits.shape[1])]
         return Scores(stats_of_logits(logits, request.targets, request.statistics), getattr(outputs, "aux_loss", None))
     outputs = body_of(model)(*args, **inputs)
@@ -116,7 +118,9 @@ def score_rows(model: PreTrainedModel | Any, request: ScoreRequest, *args: Any, 
         vocab_size_of(model),
         request.statistics,
     )
-    aux_loss = aux_loss_of(model, outputs.router_logits, inputs.get("attention_mask")) if request.with_aux_loss else None
+    aux_loss = (
+        aux_loss_of(model, outputs.router_logits, inputs.get("attention_mask")) if request.with_aux_loss else None
+    )
     return Scores(tokens, aux_loss)
 
 
@@ -155,9 +159,16 @@ def vocab_size_of(model: PreTrainedModel) -> int:
 
 
 def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss by the function of the model's own file; a packed row has no padding to mask."""
+    """The load-balancing loss by the function of the model's own file, every token weighted as in a padded batch."""
     loss = sys.modules[type(model).__module__].load_balancing_loss_func
     config = model.config.get_text_config()
-    num_experts = getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
-    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    return loss(router_logits, num_experts, config.num_experts_per_tok, mask)
+    experts = getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
+    weights = token_multiplicity(attention_mask) if is_segments(attention_mask) else attention_mask
+    return loss(router_logits, experts, config.num_experts_per_tok, weights)
+
+
+def token_multiplicity(segments: Any) -> Tensor:
+    """[1, S] how many completions a token of a packed row serves: a shared prompt all that have it as their prefix."""
+    table = segments[0, 0].tolist()
+    users = Counter(start for _, _, start, end in table if end > start)
+    return torch.cat([segments.new_full((1, end - start), max(1, users[start])) for start, end, _, _ in table], dim=1)

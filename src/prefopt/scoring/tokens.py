@@ -38,9 +38,7 @@ def stats_of_logits(logits: Tensor, targets: Tensor, statistics: frozenset[Stati
             extra["is_top1"] = logits.argmax(-1) == targets
         if "log_sum_sq_prob" in statistics:
             extra["log_sum_sq_prob"] = (2 * logits).logsumexp(-1) - 2 * lse
-    return TokenStats(
-        logps=chosen - lse, **{name: value.detach() for name, value in extra.items()}
-    )
+    return TokenStats(logps=chosen - lse, **{name: value.detach() for name, value in extra.items()})
 
 
 def tiled_stats(

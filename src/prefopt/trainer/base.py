@@ -21,6 +21,7 @@ hook                                   why
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,6 @@ import datasets
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from prefopt.batching import DataCollatorForPreference, DataCollatorForTriplePreference
 from prefopt.data import PrepareOptions, prepare_dataset, tokenized_example
@@ -58,7 +58,7 @@ from prefopt.types import Branch
 
 __all__ = ["PreferenceTrainer"]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 EvalSets = Any
 """None, a data set, or a dict of data sets."""
@@ -201,15 +201,18 @@ class PreferenceTrainer(EvaluatingTrainer):
         return self.ready_model(super().call_model_init(trial))
 
     def models(self) -> list[Any]:
-        """The transformers models that score: the policy's, and the reference's own."""
+        """The models that score: the policy, and the reference where it is a model of its own."""
         own = self.model_reference
-        return [innermost(self.model), *([innermost(own.model)] if isinstance(own, SeparateModel) else [])]
+        return [self.model, *([own.model] if isinstance(own, SeparateModel) else [])]
 
     # -- data ----------------------------------------------------------------------------------------------------
 
     def prepared(self, dataset: Any, name: str) -> Any:
-        """A data set as token ids; one that is prepared already as it is."""
-        with PartialState().main_process_first():
+        """A data set as token ids; one that is prepared already as it is. One rank speaks of skipped rows."""
+        state = PartialState()
+        if not state.is_main_process:
+            logging.getLogger("prefopt.data").setLevel(logging.ERROR)
+        with state.main_process_first():
             return prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name)
 
     def prepared_sets(self, sets: EvalSets) -> EvalSets:
@@ -237,8 +240,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         choice = LayoutChoice(wanted)
         for model in self.models():
             choice = choose_layout(model, choice.layout, example, branches)
-        fell_back = choice.reasons and wanted not in ("auto", choice.layout)
-        (logger.warning if fell_back else logger.info)("%s", choice)
+        logger.log(logging.WARNING if choice.reasons else logging.INFO, "%s", choice)
         return choice
 
     def collate(self, *, padded: bool = False) -> Collate:
@@ -250,7 +252,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             "padded" if padded else self.layout.layout,
             self.objective.branches,
             pad_token_id=tokenizer.pad_token_id,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
 
     def geometry(self, per_device: int, accumulation: int = 1) -> Geometry:
@@ -278,10 +280,9 @@ class PreferenceTrainer(EvaluatingTrainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`: give one to the trainer or to `evaluate`.")
         self.place_reference()
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            rows = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        else:
-            rows = eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]  # type: ignore[index]
         collate = self.collate(padded=self.args.full_logits_for_metrics and self.compute_metrics is not None)
         geometry = self.geometry(self.args.eval_batch_size)
         return make_loader(self.precomputed(rows), collate, geometry, **loader_options(self.args))
@@ -292,14 +293,15 @@ class PreferenceTrainer(EvaluatingTrainer):
     def precomputed(self, rows: Any) -> Any:
         """``rows`` with reference log-probs, where they are wanted and the set can be read in advance."""
         args: Any = self.args
-        wanted = isinstance(self.reference, Precomputed) and getattr(args, "precompute_ref_log_probs", False)
-        if not wanted or not isinstance(rows, datasets.Dataset):
+        reference = self.reference
+        wanted = getattr(args, "precompute_ref_log_probs", False) and isinstance(rows, datasets.Dataset)
+        if not wanted or not isinstance(reference, Precomputed):
             return rows
         per_device = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         with segment_attention(*self.models()):
             return with_precomputed_logps(
                 rows,
-                self.reference,
+                reference,
                 self.collate(),
                 self.geometry(per_device),
                 self.accelerator,
@@ -311,7 +313,7 @@ class PreferenceTrainer(EvaluatingTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SyncReferenceCallback | BEMACallback):
-                callback.reference = self.model_reference
+                callback.reference = self.model_reference  # type: ignore[assignment]
         with segment_attention(*self.models()):
             return super()._inner_training_loop(*args, **kwargs)
 
@@ -325,18 +327,10 @@ class PreferenceTrainer(EvaluatingTrainer):
         """Metrics of the evaluation set, or of ``eval_dataset`` in any format; of each by name, for a dict."""
         return super().evaluate(self.prepared_sets(eval_dataset), ignore_keys, metric_key_prefix)
 
-    # -- model card ----------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        self.create_model_card(output_dir=folder)
-        super()._save_checkpoint(model, trial)
-
-    def create_model_card(self, *args: Any, output_dir: Path | None = None, **kwargs: Any) -> None:
-        """Write ``README.md``: method, data, versions, options and metrics; to ``output_dir`` or the run's folder."""
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write ``README.md`` to the run's folder: method, data, versions, options and metrics."""
         if self.is_world_process_zero():
-            with self.accumulation_shown_as(self.accumulation):
-                write_model_card(self, output_dir or Path(self.args.output_dir))
+            write_model_card(self, str(self.args.output_dir))
 
 
 def check_given(model: Any, model_init: Any, train_dataset: Any, processing_class: Any) -> None:
@@ -383,4 +377,3 @@ def updates_reference(args: Any, callbacks: list[TrainerCallback] | None) -> boo
 def has_reference_logps(rows: Any) -> bool:
     """Whether a prepared set brings reference log-probs."""
     return "ref_chosen_logps" in (rows.column_names or ())
-

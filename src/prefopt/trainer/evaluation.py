@@ -75,9 +75,7 @@ class EvaluatingTrainer(StepTrainer):
         for number, (step, last) in enumerate(with_last(dataloader)):
             for batch in step.to(self.args.device).micro_batches:
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    result = preference_step(
-                        model, self.reference, batch, self.objective, aux_weight=self.aux_weight
-                    )
+                    result = preference_step(model, self.reference, batch, self.objective, aux_weight=self.aux_weight)
                 sums.merge(evaluation_sums(result, batch))
                 if wants_pairs:
                     records += self.pair_records(model, batch, result, number)
@@ -90,7 +88,7 @@ class EvaluatingTrainer(StepTrainer):
         if wants_pairs and not self.args.batch_eval_metrics:
             predictions, lengths = collected(gather_object(records))
             custom = self.custom_metrics(predictions, lengths, last=True)
-        metrics |= denumpify_detensorize(custom)
+        metrics.update(denumpify_detensorize(custom))  # type: ignore[arg-type]
         return EvalLoopOutput(
             predictions=predictions,  # type: ignore[arg-type]
             label_ids=lengths,  # type: ignore[arg-type]
@@ -101,11 +99,12 @@ class EvaluatingTrainer(StepTrainer):
     def model_for_evaluation(self) -> nn.Module:
         """The model as training left it, or prepared for evaluation where no training came before."""
         model = self._wrap_model(self.model, training=False)
-        if not self.accelerator._models and model is self.model:
+        if model is self.model and not any(model is prepared for prepared in self.accelerator._models):
             start = time.time()
-            shards = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            prepare = self.accelerator.prepare if shards else self.accelerator.prepare_model
-            model = prepare(model) if shards else prepare(model, evaluation_mode=True)
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                model = self.accelerator.prepare(model)
+            else:
+                model = self.accelerator.prepare_model(model, evaluation_mode=True)
             self.model_preparation_time = round(time.time() - start, 4)
             if self.is_fsdp_enabled:
                 self.model = model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers.utils import logging
 
 from prefopt.reference import (
     Precomputed,
@@ -19,11 +19,16 @@ from prefopt.trainer.loader import Collate, Geometry, make_loader
 
 __all__ = ["with_precomputed_logps"]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def with_precomputed_logps(
-    dataset: Any, reference: Precomputed, collate: Collate, geometry: Geometry, accelerator: Any, options: dict[str, Any]
+    dataset: Any,
+    reference: Precomputed,
+    collate: Collate,
+    geometry: Geometry,
+    accelerator: Any,
+    options: dict[str, Any],
 ) -> Any:
     """The prepared set with the columns ``ref_chosen_logps`` and ``ref_rejected_logps``.
 

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
-from transformers.utils import is_peft_available, logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    set_seed,
+)
+from transformers.utils.import_utils import is_peft_available
 
 from prefopt.trainer.config import PreferenceConfig
 
-__all__ = ["aux_weight", "disable_dropout", "load_config", "load_model", "load_processing_class", "model_name", "wrap_with_adapter"]
+__all__ = [
+    "aux_weight",
+    "disable_dropout",
+    "load_config",
+    "load_model",
+    "load_processing_class",
+    "model_name",
+    "wrap_with_adapter",
+]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 DROPOUT_ATTRIBUTES = ("attention_dropout", "dropout", "dropout_p", "hidden_dropout", "resid_pdrop", "layerdrop")
 """Dropout probabilities that modules keep as plain numbers, beside the ``nn.Dropout`` layers."""
@@ -60,13 +77,13 @@ def load_processing_class(given: Any, model: Any, args: PreferenceConfig) -> Any
             "The `processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`, "
             f"not {type(given).__name__}."
         )
-    tokenizer = getattr(given, "tokenizer", given)
+    tokenizer: Any = getattr(given, "tokenizer", given)
     pad_token = getattr(args, "pad_token", None)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"pad_token={pad_token!r}: not found in the vocabulary of the {type(tokenizer).__name__}; choose one of "
-                "its tokens, or leave it out to use the tokenizer's own."
+                f"pad_token={pad_token!r}: not found in the vocabulary of the {type(tokenizer).__name__}; choose one "
+                "of its tokens, or leave it out to use the tokenizer's own."
             )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token is None:
@@ -150,8 +167,8 @@ def wrap_with_adapter(model: Any, peft_config: Any, args: PreferenceConfig) -> A
         raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
     if isinstance(model, PeftModel):
         raise ValueError(
-            "The model is a PeftModel and `peft_config` was given too. Leave `peft_config` out to train the model's own "
-            "adapter, or call `merge_and_unload()` on the model first to train a new one on top."
+            "The model is a PeftModel and `peft_config` was given too. Leave `peft_config` out to train the model's "
+            "own adapter, or call `merge_and_unload()` on the model first to train a new one on top."
         )
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(

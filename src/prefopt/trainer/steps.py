@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,21 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.utils import logging
 
 from prefopt.normalise import local_counts, total
 from prefopt.objective import Objective
 from prefopt.reference import ModelReference, Precomputed, ReferencePolicy, check_identity
 from prefopt.step import StepResult, preference_step
 from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.model_card import write_model_card
 from prefopt.trainer.nonfinite import NonFiniteStepError, describe
 from prefopt.trainer.window import LogWindow
 from prefopt.types import OptimizerStep, StepCounts
 
 __all__ = ["StepTrainer"]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
+HALF_EPSILON = 1e-4
+"""Adam's epsilon for float16 weights: gradients below it are noise in a type with 10 bits."""
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STATE_FILE = "prefopt_state.json"
 REFERENCE_FILE = "reference.safetensors"
 """The reference's weights, where they move (TR-DPO, BEMA)."""
@@ -41,6 +45,9 @@ class StepTrainer(Trainer):
     """
 
     args: PreferenceConfig
+    model: Any
+    optimizer: Any
+    accelerator: Any
     objective: Objective
     reference: ReferencePolicy | None
     aux_weight: float
@@ -62,6 +69,19 @@ class StepTrainer(Trainer):
         self.resumed_log: dict[str, Any] | None = None
         self.accumulation = self.args.gradient_accumulation_steps
         self.add_callback(ContinueLog(self))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Transformers' optimizer, with an epsilon that a float16 model can hold.
+
+        Adam divides by sqrt(v) + eps in the weights' type, and 1e-8 is 0 in float16: a weight without a gradient would
+        become 0 / 0.
+        """
+        args = self.args
+        half = any(p.dtype == torch.float16 and p.requires_grad for p in self.model.parameters())
+        if half and self.optimizer is None and not args.was_set("adam_epsilon") and args.adam_epsilon < HALF_EPSILON:
+            logger.warning("Training float16 weights: adam_epsilon is %g, as 1e-8 is 0 in float16.", HALF_EPSILON)
+            args.adam_epsilon = HALF_EPSILON
+        return super().create_optimizer(model)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -138,7 +158,7 @@ class StepTrainer(Trainer):
         self.unchecked_identity = False
         derives = self.reference is not None and self.reference.derives_from_policy
         if derives and self.state.global_step == 0 and result.reference is not None:
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, self.model.dtype)
+            dtype: Any = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision, self.model.dtype)
             check_identity(result.policy, result.reference, rows=rows, dtype=dtype)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -184,10 +204,13 @@ class StepTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.is_in_train:
-            return super()._save(output_dir, state_dict)
-        with self.accumulation_shown_as(self.accumulation):
-            return super()._save(output_dir, state_dict)
+        """The model as transformers saves it, with the user's arguments and a card (peft writes one of its own)."""
+        with self.accumulation_shown_as(
+            self.accumulation if self.is_in_train else self.args.gradient_accumulation_steps
+        ):
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                write_model_card(self, output_dir or self.args.output_dir)  # type: ignore[arg-type]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -216,9 +239,7 @@ class StepTrainer(Trainer):
         state, self.resumed_log = self.resumed_log, None
         if state is None:
             return
-        self.window = LogWindow.restored(
-            state["window"], self.args.device, keep_sums=self.args.process_index == 0
-        )
+        self.window = LogWindow.restored(state["window"], self.args.device, keep_sums=self.args.process_index == 0)
         self._tr_loss.fill_(state["loss_since_log"])
         self._total_loss_scalar = state["total_loss"]
         self._globalstep_last_logged = state["last_logged_step"]
