@@ -146,7 +146,7 @@ def test_of_a_trainer(tmp_path: Path) -> None:
     size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     trainer = SimpleNamespace(
         method="dpo",
-        objective=SimpleNamespace(names=("sigmoid",)),
+        preference=SimpleNamespace(names=("sigmoid",)),
         args=SimpleNamespace(
             output_dir=str(tmp_path / "run"), hub_model_id=None, beta=0.2, bf16=False, hub_token="hf_x"
         ),

@@ -134,3 +134,23 @@ def test_lora_leaves_the_base_alone_and_needs_no_second_model(layout: str, tmp_p
     assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora" not in name), name
+
+
+def test_a_new_adapter_on_a_trained_one(tmp_path: Path) -> None:
+    """The given adapter stays active and fixed, the new one is trained; the reference is what both give at the start."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(seed=1), LoraConfig(r=4, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    run = trainer(tmp_path, model=model, peft_config=LoraConfig(r=2, target_modules=["v_proj"]))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".preference." in name}
+    prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="cannot act together"):
+        trainer(tmp_path, model=model, peft_config=prompts)

@@ -110,12 +110,12 @@ class PreferenceTrainer(EvaluatingTrainer):
     ) -> None:
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
-        self.objective = args.objective()
+        self.preference = args.objective()
         self.given_reference, self.peft_config = ref_model, peft_config
         self.reference_updates = updates_reference(args, callbacks)
         processing_class = load_processing_class(processing_class or tokenizer, model, args)
         config = load_config(model, args)
-        self.prepare_options = prepare_options(args, self.objective.branches, config)
+        self.prepare_options = prepare_options(args, self.preference.branches, config)
         self.args, self.processing_class = args, processing_class  # needed before the parent's constructor sets them
         self.train_dataset = train_dataset = self.prepared(train_dataset, "train")
         eval_dataset = self.prepared_sets(eval_dataset)
@@ -161,7 +161,7 @@ class PreferenceTrainer(EvaluatingTrainer):
 
     def made_reference(self, model: Any) -> ReferencePolicy | None:
         """What the policy is compared with, as it is now; None for an objective that needs none."""
-        if not self.objective.needs_reference:
+        if not self.preference.needs_reference:
             return None
         args: Any = self.args
         given = self.given_reference
@@ -227,7 +227,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         """The collator that makes the padded batches of these rows, for users who look at ``data_collator``."""
         options: Any = {"pad_token_id": pad_token_id, "pad_to_multiple_of": args.pad_to_multiple_of}
         if self.method == "tpo":
-            return DataCollatorForTriplePreference(include_reference="gold" in self.objective.branches, **options)
+            return DataCollatorForTriplePreference(include_reference="gold" in self.preference.branches, **options)
         return DataCollatorForPreference(**options)
 
     def chosen_layout(self) -> LayoutChoice:
@@ -235,7 +235,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         wanted = "padded" if self.collate_given is not None else self.args.batch_layout
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         row = None if sharded else next(iter(self.train_dataset), None)
-        branches = self.objective.branches
+        branches = self.preference.branches
         example = tokenized_example(row, branches) if row else None
         choice = LayoutChoice(wanted)
         for model in self.models():
@@ -246,11 +246,11 @@ class PreferenceTrainer(EvaluatingTrainer):
     def collate(self, *, padded: bool = False) -> Collate:
         """Rows of a micro-batch -> batch."""
         if self.collate_given is not None:
-            return collate_with(self.collate_given, self.objective.branches)
+            return collate_with(self.collate_given, self.preference.branches)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         return collate_into(
             "padded" if padded else self.layout.layout,
-            self.objective.branches,
+            self.preference.branches,
             pad_token_id=tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
@@ -269,7 +269,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             len(rows) if isinstance(rows, datasets.Dataset) else 0,
             seed=args.seed if args.data_seed is None else args.data_seed,
             batch_size=block,
-            lengths=functools.cache(lambda: group_lengths(rows, self.objective.branches)),
+            lengths=functools.cache(lambda: group_lengths(rows, self.preference.branches)),
         )
         geometry = self.geometry(self._train_batch_size, self.accumulation)
         drop_last = args.dataloader_drop_last

@@ -75,7 +75,7 @@ class EvaluatingTrainer(StepTrainer):
         for number, (step, last) in enumerate(with_last(dataloader)):
             for batch in step.to(self.args.device).micro_batches:
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    result = preference_step(model, self.reference, batch, self.objective, aux_weight=self.aux_weight)
+                    result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
                 sums.merge(evaluation_sums(result, batch))
                 if wants_pairs:
                     records += self.pair_records(model, batch, result, number)

@@ -112,7 +112,7 @@ def card_of(trainer: Any) -> str:
     logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     return model_card(
         method=trainer.method,
-        losses=trainer.objective.names,
+        losses=trainer.preference.names,
         model_name=args.hub_model_id or Path(args.output_dir).name,
         base_model=config._name_or_path or None,
         datasets=dict(filter(None, [named_rows(trainer.train_dataset)])),

@@ -152,12 +152,12 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def wrap_with_adapter(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
-    """The model with a new adapter of ``peft_config``.
+    """The model with a new adapter of ``peft_config``; adapters it has already stay active and are not trained.
 
     Raises:
         ImportError: without peft.
         TypeError: if ``peft_config`` is no ``peft.PeftConfig``.
-        ValueError: if the model has an adapter already.
+        ValueError: if the new adapter cannot act together with those the model has.
     """
     if not is_peft_available():
         raise ImportError("`peft_config` needs the package peft: pip install 'prefopt[peft]'.")
@@ -166,10 +166,7 @@ def wrap_with_adapter(model: Any, peft_config: Any, args: PreferenceConfig) -> A
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
     if isinstance(model, PeftModel):
-        raise ValueError(
-            "The model is a PeftModel and `peft_config` was given too. Leave `peft_config` out to train the model's "
-            "own adapter, or call `merge_and_unload()` on the model first to train a new one on top."
-        )
+        return stacked_adapter(model, peft_config)
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(
             model,
@@ -178,6 +175,26 @@ def wrap_with_adapter(model: Any, peft_config: Any, args: PreferenceConfig) -> A
         )
     set_seed(args.seed)  # the adapter's random weights depend on the seed alone, not on what ran before
     return get_peft_model(model, peft_config)
+
+
+def stacked_adapter(model: Any, peft_config: Any) -> Any:
+    """A PeftModel with one more adapter, the only one that is trained, acting together with those that were active."""
+    kinds = {config.peft_type for config in model.peft_config.values()} | {peft_config.peft_type}
+    if peft_config.is_prompt_learning or len(kinds) > 1:
+        raise ValueError(
+            f"The model has adapters already, and one of type {peft_config.peft_type.value} cannot act together with "
+            f"them (types: {', '.join(sorted(kind.value for kind in kinds))}). Call `merge_and_unload()` on the model "
+            "first, or leave `peft_config` out to train its own adapter."
+        )
+    before = list(model.active_adapters)
+    name = "preference"
+    while name in model.peft_config:
+        name += "_"
+    model.add_adapter(name, peft_config)
+    model.base_model.set_adapter([*before, name])
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{name}." in parameter_name)
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

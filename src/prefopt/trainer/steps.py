@@ -48,7 +48,8 @@ class StepTrainer(Trainer):
     model: Any
     optimizer: Any
     accelerator: Any
-    objective: Objective
+    preference: Objective
+    """The objective; ``objective`` itself is a name that transformers' hyperparameter search sets."""
     reference: ReferencePolicy | None
     aux_weight: float
     """Weight of the mixture-of-experts load-balancing loss; 0 where it is off."""
@@ -118,7 +119,7 @@ class StepTrainer(Trainer):
         for index, batch in enumerate(step.micro_batches):
             with self.synchronised(model, index == len(step.micro_batches) - 1):
                 with self.compute_loss_context_manager():
-                    result = preference_step(model, self.reference, batch, self.objective, aux_weight=self.aux_weight)
+                    result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
                     loss = self.args.world_size * total(result.terms, batch, counts)
                 self.check_identity_once(result, batch.rows)
                 self.accelerator.backward(loss, **self.backward_options())
@@ -219,7 +220,7 @@ class StepTrainer(Trainer):
             "loss_since_log": self.sum_over_ranks(self._tr_loss.detach().clone()).item() / self.args.world_size,
             "total_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
-            "reward_shift": shift.state_dict() if (shift := self.objective.reward_shift) else None,
+            "reward_shift": shift.state_dict() if (shift := self.preference.reward_shift) else None,
         }
         if self.args.should_save:
             Path(output_dir, STATE_FILE).write_text(json.dumps(state, indent=1))
@@ -244,8 +245,8 @@ class StepTrainer(Trainer):
         self._total_loss_scalar = state["total_loss"]
         self._globalstep_last_logged = state["last_logged_step"]
         self._initial_global_step = 0  # the total covers the run from its start, and so must the number of steps
-        if self.objective.reward_shift is not None:
-            self.objective.reward_shift.load_state_dict(state["reward_shift"])
+        if self.preference.reward_shift is not None:
+            self.preference.reward_shift.load_state_dict(state["reward_shift"])
 
 
 class ContinueLog(TrainerCallback):
