@@ -18,6 +18,7 @@ HOME_OF = {
     "DPOTrainer": "prefopt.trainer.dpo",
     "DataCollatorForPreference": "prefopt.batching",
     "DataCollatorForTriplePreference": "prefopt.batching",
+    "DataCollatorForVisionPreference": "prefopt.batching",
     "DatasetMixtureConfig": "prefopt.data",
     "ModelConfig": "prefopt.cli.model_config",
     "PrefParser": "prefopt.cli.parser",
@@ -42,6 +43,7 @@ __all__ = [
     "DPOTrainer",
     "DataCollatorForPreference",
     "DataCollatorForTriplePreference",
+    "DataCollatorForVisionPreference",
     "DatasetMixtureConfig",
     "ModelConfig",
     "PrefParser",
@@ -56,7 +58,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from prefopt.batching import DataCollatorForPreference, DataCollatorForTriplePreference
+    from prefopt.batching import (
+        DataCollatorForPreference,
+        DataCollatorForTriplePreference,
+        DataCollatorForVisionPreference,
+    )
     from prefopt.cli.model_config import (
         ModelConfig,
         ScriptArguments,

@@ -137,7 +137,7 @@ def test_lora_leaves_the_base_alone_and_needs_no_second_model(layout: str, tmp_p
 
 
 def test_a_new_adapter_on_a_trained_one(tmp_path: Path) -> None:
-    """The given adapter stays active and fixed, the new one is trained; the reference is what both give at the start."""
+    """The given adapter stays active and fixed, the new one is trained; the reference is what both give at step 0."""
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     model = get_peft_model(tiny_model(seed=1), LoraConfig(r=4, target_modules=["q_proj"]))

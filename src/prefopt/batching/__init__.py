@@ -3,10 +3,12 @@
 from prefopt.batching.collators import DataCollatorForPreference, DataCollatorForTriplePreference, collated_batch
 from prefopt.batching.packed import pack_batch, share_batch
 from prefopt.batching.padded import pad_batch
+from prefopt.batching.vision import DataCollatorForVisionPreference
 
 __all__ = [
     "DataCollatorForPreference",
     "DataCollatorForTriplePreference",
+    "DataCollatorForVisionPreference",
     "collated_batch",
     "pack_batch",
     "pad_batch",

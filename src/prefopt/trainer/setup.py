@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -174,7 +175,9 @@ def wrap_with_adapter(model: Any, peft_config: Any, args: PreferenceConfig) -> A
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs or {},
         )
     set_seed(args.seed)  # the adapter's random weights depend on the seed alone, not on what ran before
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():  # peft 0.21 asks for checkpointing by the name that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        return get_peft_model(model, peft_config)
 
 
 def stacked_adapter(model: Any, peft_config: Any) -> Any:
