@@ -83,10 +83,15 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
 
     def _processed_prompts(self, rows: Sequence[RenderedRow]) -> dict[str, Any]:
         """The processor's tensors of the P prompts; ``images`` may be empty for some of them, but not for all."""
-        images = [row.images for row in rows] if any(row.images for row in rows) else None
-        options: dict[str, Any] = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-        options["add_special_tokens"] = False  # a chat template writes its own
-        processed = self.processor(images=images, text=[row.prompt for row in rows], **options)
+        inputs: dict[str, Any] = {
+            "images": [row.images for row in rows] if any(row.images for row in rows) else None,
+            "text": [row.prompt for row in rows],
+            "add_special_tokens": False,  # a chat template writes them
+            "padding": True,
+            "padding_side": "right",
+            "return_tensors": "pt",
+        }
+        processed = self.processor(**inputs)
         if "labels" in processed:
             raise ValueError(
                 f"{type(self.processor).__name__} is made for models that read a prompt in both directions and a "

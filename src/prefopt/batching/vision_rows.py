@@ -91,8 +91,12 @@ def _rendered_messages(
             fix = "Change the row, the template, or `chat_template_kwargs`."
             raise broken_row(number, "prompt", f"the chat template failed: {error or type(error)}", fix) from error
 
-    completions = {branch: _messages(example[branch], "assistant", number, branch) for branch in PAIR}
-    chats = {branch: _joined(prompt, completion) for branch, completion in completions.items()}
+    completions: dict[Branch, list[Message]] = {
+        branch: _messages(example[branch], "assistant", number, branch) for branch in PAIR
+    }
+    chats: dict[Branch, list[Message]] = {
+        branch: _joined(prompt, completion) for branch, completion in completions.items()
+    }
     continued = all(len(chats[branch]) < len(prompt) + len(completions[branch]) for branch in PAIR)
     opened = not continued and any(completion[0]["role"] == "assistant" for completion in completions.values())
     alone = render(prompt, **({"continue_final_message": True} if continued else {"add_generation_prompt": opened}))
@@ -113,11 +117,12 @@ def _messages(value: Any, role: str, number: int, column: str) -> list[Message]:
         raise broken_row(number, column, f"expected messages, got {type(value).__name__} {str(value)[:60]}", fix)
     for message in value:
         content = message.get("content", [])
-        message["content"] = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        kinds = [part.get("type") for part in message["content"]]
-        if unknown := set(kinds) - ({"text", "image"} if column == "prompt" else {"text"}):
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        message["content"] = content if isinstance(content, list) else [content]
+        kinds = [part.get("type") if isinstance(part, dict) else part for part in message["content"]]
+        if unknown := [kind for kind in kinds if kind != "text" and (kind != "image" or column != "prompt")]:
             fix = "A prompt may hold parts of type 'text' and 'image', a completion of type 'text'."
-            raise broken_row(number, column, f"the content has a part of type {unknown.pop()!r}", fix)
+            raise broken_row(number, column, f"the content has a part of type {unknown[0]!r}", fix)
     return value
 
 
@@ -160,7 +165,7 @@ def _assistant_spans(
             before, after = render(chat[:index], add_generation_prompt=True), render(chat[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 return [(start, len(text))]
-            spans.append((max(start, len(before)), len(after)))
+            spans.append((len(before), len(after)))
     return spans or [(start, len(text))]
 
 

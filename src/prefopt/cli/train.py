@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def make_trainer(
     Raises:
         ValueError: No model or no data is named, or one of them does not fit.
     """
+    show_log()
     missing = []
     if model.model_name_or_path is None:
         missing.append("model_name_or_path: name the model to train, a folder or a Hub name")
@@ -66,6 +68,12 @@ def make_trainer(
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, buffer in buffers if buffer.dtype == torch.bool]
     return trainer
+
+
+def show_log() -> None:
+    """What the package says of a run (layout, context, rows) goes to the terminal; of several ranks the first speaks."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("prefopt").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def model_options(model: ModelConfig, training: PreferenceConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a model does to its logits after the head: a factor, then a soft cap.
 
-The names are those of transformers' configs. Whether the table holds for a model is not assumed: `scoring.check`
-compares with the model's own forward before training.
+The names are those of transformers' configs. Whether the table holds for a model is not assumed:
+`capability.choose_layout` compares with the model's own forward before training.
 """
 
 from __future__ import annotations

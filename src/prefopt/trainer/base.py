@@ -1,13 +1,14 @@
 """The trainer under the three public ones: transformers' trainer with preference data, a reference and an objective.
 
 Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks, checkpoints) is
-transformers' and accelerate's. The hooks that are overridden, here and in the two classes below it:
+transformers' and accelerate's. The hooks that are overridden, here and in the classes below (`StepTrainer`,
+`EvaluatingTrainer`, `LoadingTrainer`):
 
 ====================================== ==========================================================================
 hook                                   why
 ====================================== ==========================================================================
 ``get_*_dataloader``                   an item is a whole optimizer step, planned alike on every rank
-``_inner_training_loop``               the loop must not accumulate: the step already has its micro-batches
+``_run_epoch`` and two more            the loop must not accumulate: the step already has its micro-batches
 ``training_step``                      micro-batches, gradient sync on the last, denominators of the whole step
 ``_get_grad_norm``                     the one host sync of a step: stop before a NaN reaches the weights
 ``evaluation_loop``                    exact sums over rows instead of means of batch means
@@ -20,31 +21,23 @@ hook                                   why
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback
 
-from prefopt.batching import DataCollatorForPreference, DataCollatorForTriplePreference
-from prefopt.data import PrepareOptions, prepare_dataset, tokenized_example
-from prefopt.reference import Precomputed, ReferencePolicy, make_reference
+from prefopt.reference import ReferencePolicy, make_reference
 from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.attention import segment_attention
-from prefopt.scoring.capability import LayoutChoice, choose_layout
 from prefopt.scoring.forward import innermost, install
-from prefopt.trainer.batches import collate_into, collate_with, epoch_order, group_lengths, loader_options
 from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.evaluation import EvaluatingTrainer
-from prefopt.trainer.loader import Collate, Geometry, StepLoader, make_loader
+from prefopt.trainer.loading import EvalSets, LoadingTrainer, prepare_options
 from prefopt.trainer.model_card import write_model_card
-from prefopt.trainer.precompute import with_precomputed_logps
 from prefopt.trainer.setup import (
     aux_weight,
     disable_dropout,
@@ -54,17 +47,13 @@ from prefopt.trainer.setup import (
     model_name,
     wrap_with_adapter,
 )
-from prefopt.types import Branch
 
 __all__ = ["PreferenceTrainer"]
 
 logger = logging.getLogger(__name__)
 
-EvalSets = Any
-"""None, a data set, or a dict of data sets."""
 
-
-class PreferenceTrainer(EvaluatingTrainer):
+class PreferenceTrainer(LoadingTrainer):
     """Trains a model on preference data; a subclass names its method and config, and may order the arguments.
 
     Args:
@@ -110,6 +99,7 @@ class PreferenceTrainer(EvaluatingTrainer):
     ) -> None:
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
+        use_one_device(args)
         self.preference = args.objective()
         self.given_reference, self.peft_config = ref_model, peft_config
         self.reference_updates = updates_reference(args, callbacks)
@@ -190,123 +180,8 @@ class PreferenceTrainer(EvaluatingTrainer):
         """The reference's own model; None where it is the policy without adapter, precomputed, or not needed."""
         return self.reference.model if isinstance(self.reference, SeparateModel) else None
 
-    def place_reference(self) -> None:
-        """A reference model of its own goes to the device and under the run's precision; once."""
-        reference = self.model_reference
-        if isinstance(reference, SeparateModel) and reference is not self.placed_reference:
-            reference.model = self.accelerator.prepare_model(reference.model, evaluation_mode=True)
-            self.placed_reference = reference
-
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return self.ready_model(super().call_model_init(trial))
-
-    def models(self) -> list[Any]:
-        """The models that score: the policy, and the reference where it is a model of its own."""
-        own = self.model_reference
-        return [self.model, *([own.model] if isinstance(own, SeparateModel) else [])]
-
-    # -- data ----------------------------------------------------------------------------------------------------
-
-    def prepared(self, dataset: Any, name: str) -> Any:
-        """A data set as token ids; one that is prepared already as it is. One rank speaks of skipped rows."""
-        state = PartialState()
-        if not state.is_main_process:
-            logging.getLogger("prefopt.data").setLevel(logging.ERROR)
-        with state.main_process_first():
-            return prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name)
-
-    def prepared_sets(self, sets: EvalSets) -> EvalSets:
-        """The same for None, a set, or a dict of several."""
-        if sets is None or isinstance(sets, str):
-            return sets
-        if isinstance(sets, dict):
-            return {name: self.prepared(dataset, name) for name, dataset in sets.items()}
-        return self.prepared(sets, "eval")
-
-    def default_collator(self, pad_token_id: int, args: PreferenceConfig) -> DataCollatorForPreference:
-        """The collator that makes the padded batches of these rows, for users who look at ``data_collator``."""
-        options: Any = {"pad_token_id": pad_token_id, "pad_to_multiple_of": args.pad_to_multiple_of}
-        if self.method == "tpo":
-            return DataCollatorForTriplePreference(include_reference="gold" in self.preference.branches, **options)
-        return DataCollatorForPreference(**options)
-
-    def chosen_layout(self) -> LayoutChoice:
-        """The batch layout, tried on the first pair; said in one line."""
-        wanted = "padded" if self.collate_given is not None else self.args.batch_layout
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        row = None if sharded else next(iter(self.train_dataset), None)
-        branches = self.preference.branches
-        example = tokenized_example(row, branches) if row else None
-        choice = LayoutChoice(wanted)
-        for model in self.models():
-            choice = choose_layout(model, choice.layout, example, branches)
-        logger.log(logging.WARNING if choice.reasons else logging.INFO, "%s", choice)
-        return choice
-
-    def collate(self, *, padded: bool = False) -> Collate:
-        """Rows of a micro-batch -> batch."""
-        if self.collate_given is not None:
-            return collate_with(self.collate_given, self.preference.branches)
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        return collate_into(
-            "padded" if padded else self.layout.layout,
-            self.preference.branches,
-            pad_token_id=tokenizer.pad_token_id,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
-        )
-
-    def geometry(self, per_device: int, accumulation: int = 1) -> Geometry:
-        return Geometry(per_device, accumulation, self.args.world_size, self.args.process_index)
-
-    def get_train_dataloader(self) -> StepLoader:
-        """Batches by optimizer step, in the order that transformers' trainer gives with the same seed."""
-        args = self.args
-        self.place_reference()
-        rows = self.train_dataset = self.precomputed(self.train_dataset)
-        block = self._train_batch_size * args.world_size
-        order = epoch_order(
-            args.train_sampling_strategy,
-            len(rows) if isinstance(rows, datasets.Dataset) else 0,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            batch_size=block,
-            lengths=functools.cache(lambda: group_lengths(rows, self.preference.branches)),
-        )
-        geometry = self.geometry(self._train_batch_size, self.accumulation)
-        drop_last = args.dataloader_drop_last
-        return make_loader(rows, self.collate(), geometry, order=order, drop_last=drop_last, **loader_options(args))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
-        """One micro-batch per rank and item, in the set's order."""
-        if eval_dataset is None and self.eval_dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`: give one to the trainer or to `evaluate`.")
-        self.place_reference()
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            rows = self.eval_dataset[rows]  # type: ignore[index]
-        collate = self.collate(padded=self.args.full_logits_for_metrics and self.compute_metrics is not None)
-        geometry = self.geometry(self.args.eval_batch_size)
-        return make_loader(self.precomputed(rows), collate, geometry, **loader_options(self.args))
-
-    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
-        return self.get_eval_dataloader(self.prepared_sets(test_dataset))
-
-    def precomputed(self, rows: Any) -> Any:
-        """``rows`` with reference log-probs, where they are wanted and the set can be read in advance."""
-        args: Any = self.args
-        reference = self.reference
-        wanted = getattr(args, "precompute_ref_log_probs", False) and isinstance(rows, datasets.Dataset)
-        if not wanted or not isinstance(reference, Precomputed):
-            return rows
-        per_device = args.precompute_ref_batch_size or args.per_device_eval_batch_size
-        with segment_attention(*self.models()):
-            return with_precomputed_logps(
-                rows,
-                reference,
-                self.collate(),
-                self.geometry(per_device),
-                self.accelerator,
-                loader_options(args),
-            )
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -350,22 +225,11 @@ def check_given(model: Any, model_init: Any, train_dataset: Any, processing_clas
         raise ValueError("With `model_init`, pass `processing_class` too: there is no name to load a tokenizer by.")
 
 
-def prepare_options(args: PreferenceConfig, branches: tuple[Branch, ...], config: Any) -> PrepareOptions:
-    """How rows are prepared; ``max_length`` is capped at the model's context, said in one line."""
-    text_config = config.get_text_config() if config is not None else None
-    context = getattr(text_config, "max_position_embeddings", None)
-    max_length = args.max_length
-    if max_length is not None and context is not None and max_length > context:
-        level = logger.warning if args.was_set("max_length") else logger.info
-        level("max_length=%d is above the model's context; sequences are cut to %d tokens.", max_length, context)
-        max_length = context
-    return PrepareOptions(
-        branches=branches,
-        max_length=max_length,
-        truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
-        num_proc=args.dataset_num_proc,
-        on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
-    )
+def use_one_device(args: PreferenceConfig) -> None:
+    """A process trains on one GPU: ``DataParallel`` copies the model for every batch and would not reach the scorer."""
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible, one is used; `accelerate launch` trains on all of them.", args.n_gpu)
+        args._n_gpu = 1
 
 
 def updates_reference(args: Any, callbacks: list[TrainerCallback] | None) -> bool:

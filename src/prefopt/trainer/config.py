@@ -149,6 +149,13 @@ class CPOConfig(PreferenceConfig):
         super()._normalise()
         self.loss_type = _single_name(self.loss_type)
 
+    def _warnings(self) -> Sequence[str]:
+        found = list(super()._warnings())
+        for name in ("max_completion_length", "is_encoder_decoder"):
+            if getattr(self, name):
+                found.append(f"{name}={getattr(self, name)} has no effect: this version trains decoder-only models")
+        return found
+
     def _objective_options(self) -> dict[str, Any]:
         return super()._objective_options() | {
             "gamma": self.simpo_gamma,

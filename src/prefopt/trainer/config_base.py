@@ -202,6 +202,10 @@ class PreferenceConfig(TrainingArguments):
                 f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect in layout {self.batch_layout!r}, "
                 "which does not pad; set layout='padded' to have it"
             )
+        if self.activation_offloading:
+            found.append(
+                "activation_offloading=True has no effect on a CPU, where activations are in its memory already"
+            )
         if self.label_smoothing_factor:
             found.append(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "

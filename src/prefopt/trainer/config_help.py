@@ -12,7 +12,7 @@ HELP = {
     "learning_rate": "Initial learning rate of the optimizer.",
     "logging_steps": "Optimizer steps between two log lines; below 1: a share of all steps.",
     "logging_nan_inf_filter": "Hide NaN and infinite losses from the log. It costs a synchronisation per micro-batch.",
-    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, about 20%% slower.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
     "bf16": "Mixed precision in bfloat16. Unset: on where the hardware has it and fp16 is not set, else float32.",
     "lr_scheduler_kwargs": "Keyword arguments of the learning-rate schedule, as JSON on the command line.",
     # Model.
@@ -25,7 +25,7 @@ HELP = {
     "is_encoder_decoder": "Whether the model that model_init makes is an encoder-decoder.",
     "model_adapter_name": "PEFT adapter of the given model that is trained, where it has several.",
     "ref_adapter_name": "PEFT adapter of the given model that acts as the reference.",
-    "force_use_ref_model": "Use the given ref_model as the reference although the model has an adapter.",
+    "force_use_ref_model": "Let the reference be a model of its own although the model has an adapter.",
     # Data.
     "dataset_num_proc": "Processes that prepare the data set.",
     "max_length": "Longest prompt plus completion in tokens; what is longer is cut. None: nothing is cut.",
@@ -39,7 +39,7 @@ HELP = {
     "layout": "How sequences lie in a batch: the prompt once for all its completions, all sequences one after another, "
     "rows padded to one length, or the best of these that the model can do.",
     # Reference.
-    "precompute_ref_log_probs": "Score all data with the reference first, and train without it in memory.",
+    "precompute_ref_log_probs": "Score all data with the reference first; what was scored once is read from the cache.",
     "precompute_ref_batch_size": "Pairs per batch of that pass; unset: the per-device batch size.",
     "sync_ref_model": "TR-DPO: move the reference towards the policy now and then.",
     "ref_model_mixup_alpha": "TR-DPO: the policy's share in the reference after a move.",
@@ -65,7 +65,7 @@ HELP = {
     "activation_offloading": "Keep saved activations in CPU memory.",
     "generate_during_eval": "Generate completions during evaluation.",
     "on_nonfinite": "What a step with a NaN or infinite gradient does: it stops the run before the update, or it is "
-    "left out and counted.",
+    "left out with a warning.",
     "full_logits_for_metrics": "Give compute_metrics the full logits too; they take much memory.",
     # The model of a command line, and its adapter.
     "model_name_or_path": "Folder or Hub name of the model to train.",

@@ -98,8 +98,21 @@ class StepTrainer(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.accumulation = self.args.gradient_accumulation_steps
+        return super()._inner_training_loop(*args, **kwargs)
+
+    # The three methods that count items of the loader. Around them trackers and callbacks see the user's value.
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         with self.accumulation_shown_as(1):
-            return super()._inner_training_loop(*args, **kwargs)
+            return super().set_initial_training_values(*args, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        with self.accumulation_shown_as(1):
+            return super()._init_training_state(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        with self.accumulation_shown_as(1):
+            return super()._run_epoch(*args, **kwargs)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         accumulation = self.accumulation if self.is_in_train else args.gradient_accumulation_steps
