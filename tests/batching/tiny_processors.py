@@ -106,3 +106,11 @@ def assistant(text: str) -> list[dict[str, Any]]:
 
 def row(images: list[Image.Image], prompt: str, chosen: str = "Yes, it is.", rejected: str = "No.") -> dict[str, Any]:
     return {"images": images, "prompt": user(prompt), "chosen": assistant(chosen), "rejected": assistant(rejected)}
+
+
+def text_of(batch: dict[str, Any], index: int, tokenizer: Any, mask: str = "attention_mask") -> str:
+    return tokenizer.decode(batch["input_ids"][index][batch[mask][index].bool()])
+
+
+def one_image_rows() -> list[dict[str, Any]]:
+    return [row([image()], "Is it light?"), row([image(30, 60, 7)], "A cat?", "No, a dog.", "Yes!")]

@@ -250,7 +250,7 @@ def test_transformers_own_parser_takes_the_configs(config):
 
 def test_all_help_can_be_printed():
     text = PrefParser(ALL).format_help()
-    assert "about 20% slower" in " ".join(text.split())
+    assert "less memory, more time" in " ".join(text.split())
     assert "user_set" not in text
 
 

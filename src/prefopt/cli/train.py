@@ -71,7 +71,7 @@ def make_trainer(
 
 
 def show_log() -> None:
-    """What the package says of a run (layout, context, rows) goes to the terminal; of several ranks the first speaks."""
+    """What the package says of a run (layout, context, rows) goes to the terminal; of several ranks one speaks."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("prefopt").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
