@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from prefopt.reference.adapters import adapter_off, adapter_switched, starting_parameters
 from prefopt.reference.fingerprints import fingerprint
 from prefopt.reference.weights import copied, named_weights, swapped
-from prefopt.scoring.forward import install, score
+from prefopt.scoring.forward import evaluating, install, score
 from prefopt.scoring.sequences import sequence_stats
 from prefopt.types import Branch, PreferenceBatch, SequenceStats
 
@@ -204,16 +203,3 @@ def snapshot(model: nn.Module) -> nn.Module:
     copy = deepcopy(model)
     copy.zero_grad(set_to_none=True)
     return copy
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; afterwards each module is in the mode it was in."""
-    training: list[Any] = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

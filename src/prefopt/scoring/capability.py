@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prefopt.batching import pack_batch, pad_batch, share_batch
 from prefopt.scoring.attention import segment_attention
-from prefopt.scoring.forward import innermost, score, use_full_logits
+from prefopt.scoring.forward import evaluating, innermost, score, use_full_logits
 from prefopt.scoring.plain import plain_scores
 from prefopt.types import Branch, PreferenceBatch, TokenizedExample
 
@@ -120,13 +119,8 @@ def choose_layout(
 
 def trial(model: nn.Module, scorer: Callable[[Any, PreferenceBatch], Any], batch: PreferenceBatch) -> Tensor:
     """[N] log-probs of a batch without gradients or dropout."""
-    inner: PreTrainedModel = innermost(model)
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    with torch.no_grad(), segment_attention(inner):
-        logps = scorer(model, batch.to(inner.device)).tokens.logps
-    for part in training:
-        part.training = True
+    with torch.no_grad(), evaluating(model), segment_attention(model):
+        logps = scorer(model, batch.to(innermost(model).device)).tokens.logps
     return logps.float()
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -23,7 +25,7 @@ from prefopt.scoring.tokens import stats_of_logits, tiled_stats
 from prefopt.scoring.transforms import logit_transform
 from prefopt.types import PreferenceBatch, Scores, Statistic
 
-__all__ = ["innermost", "install", "score", "use_full_logits"]
+__all__ = ["evaluating", "innermost", "install", "score", "use_full_logits"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,19 @@ def score(
         with_aux_loss=with_aux_loss,
     )
     return model(**batch.model_inputs, use_cache=False, score_request=request)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode; afterwards each module is in the mode it was in."""
+    training: list[Any] = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def use_full_logits(model: nn.Module) -> None:
