@@ -25,7 +25,7 @@ quickstart: .venv/.base
 	OMP_NUM_THREADS=2 $(BIN)/prefopt quickstart
 
 test: .venv/.test
-	$(BIN)/pytest $(TESTS) -n $(JOBS) --dist loadfile --durations 10
+	$(BIN)/pytest $(TESTS) -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
 ifeq ($(TESTS),tests)
 	$(BIN)/pytest --doctest-modules --doctest-glob '*.md' src docs $(wildcard README.md) -n $(JOBS) --dist loadfile
 endif
