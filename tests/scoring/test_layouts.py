@@ -155,3 +155,17 @@ def test_shared_prompt_computes_each_prompt_once() -> None:
     prompt = len(pairs[0].prompt_ids)
     assert packed.model_inputs["input_ids"].shape[1] - shared.model_inputs["input_ids"].shape[1] == 2 * prompt
     assert shared.num_model_tokens == packed.num_model_tokens  # the log counts the prompt once per completion
+
+
+def test_the_segments_are_read_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator every read waits for the device; three layers and a recomputing backward share one."""
+    model = tiny("llama").train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    batch = share_batch(examples(1), TRIPLE)
+    reads = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or original(self))
+    with segment_attention(model):
+        score(model, batch).tokens.logps.sum().backward()
+    assert len(reads) == 1

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["is_segments", "segment_attention", "segment_mask"]
+__all__ = ["is_segments", "segment_attention", "segment_mask", "table_of"]
 
 PREFIX = "prefopt_"
 
@@ -109,7 +109,7 @@ def attend_segments(
     """
     kwargs.pop("position_ids", None)  # flash attention would split the segment once more where positions restart
     window = kwargs.get("sliding_window")
-    table = segments[0, 0].tolist()
+    table = table_of(segments)
     lengths = [end - start for start, end, _, _ in table]
     # split, not slices: the backward of a slice fills a tensor as long as the row, that of a split is one cat
     pieces = list(zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True))
@@ -125,6 +125,13 @@ def attend_segments(
         output, _ = original(module, own_query, keys, values, mask, **kwargs)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
+
+
+def table_of(segments: Any) -> list[list[int]]:
+    """The segments on the host. All layers get the same tensor: one synchronisation a batch, not one a layer."""
+    if not hasattr(segments, "prefopt_table"):
+        segments.prefopt_table = segments[0, 0].tolist()
+    return segments.prefopt_table
 
 
 def segment_mask(length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:

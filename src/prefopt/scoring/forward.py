@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefopt.scoring.attention import is_segments
+from prefopt.scoring.attention import is_segments, table_of
 from prefopt.scoring.tokens import stats_of_logits, tiled_stats
 from prefopt.scoring.transforms import logit_transform
 from prefopt.types import PreferenceBatch, Scores, Statistic
@@ -184,6 +184,6 @@ def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tens
 
 def token_multiplicity(segments: Any) -> Tensor:
     """[1, S] how many completions a token of a packed row serves: a shared prompt all that have it as their prefix."""
-    table = segments[0, 0].tolist()
+    table = table_of(segments)
     users = Counter(start for _, _, start, end in table if end > start)
     return torch.cat([segments.new_full((1, end - start), max(1, users[start])) for start, end, _, _ in table], dim=1)
