@@ -22,6 +22,14 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny models are faster on one thread, and sums are then taken in one order."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Caches of this run, so that no test sees what an earlier run computed."""
     os.environ["PREFOPT_CACHE"] = str(tmp_path_factory.mktemp("prefopt_cache"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
@@ -11,15 +10,6 @@ def quiet_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL sends telemetry unless it runs under CI, and warns on every import from its experimental part."""
     monkeypatch.setenv("CI", "1")
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    """Tiny models are faster on one thread, and both libraries then sum in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -180,3 +180,10 @@ OTHERS: dict[str, Callable[[], PeftModel]] = {
     "trained bfloat16": lambda: adapted(lora(), trained=True, dtype=torch.bfloat16),
 }
 """Adapters that act from the start, or of which that is not known."""
+
+
+def one_weight(model: Any) -> Any:
+    """The smallest change there is: the last bit of one number."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.view(torch.int32)[3, 3] ^= 1
+    return model
