@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from runs import log_rows, relative_difference, trainer, weights
+from tiny_models import tiny_model
+from transformers import Trainer, TrainingArguments
 
 WEIGHTS_TOLERANCE = 1e-6
 """Relative norm after ten steps in float32: only the order of summation differs."""
@@ -78,11 +81,20 @@ def test_epochs_have_a_smaller_last_step_and_drop_last_leaves_it_out(tmp_path: P
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_rows_come_in_the_order_of_transformers(workers: int, tmp_path: Path) -> None:
-    """Random order by seed and epoch as accelerate's seedable sampler has it."""
-    import torch
-
-    run = trainer(tmp_path, max_steps=10, dataloader_num_workers=workers)
+@pytest.mark.parametrize("data_seed", [None, 3])
+def test_rows_come_in_the_order_of_transformers(workers: int, data_seed: int | None, tmp_path: Path) -> None:
+    """Over two epochs, against the loader of transformers' own trainer with the same seeds."""
+    options = {"per_device_train_batch_size": 4, "data_seed": data_seed, "report_to": "none"}
+    plain = Trainer(
+        tiny_model(),
+        TrainingArguments(str(tmp_path), **options),
+        train_dataset=Dataset.from_dict({"input_ids": [[row] for row in range(40)]}),
+    )
+    expected, loader = [], plain.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        expected += [row for batch in loader for row in batch["input_ids"][:, 0].tolist()]
+    run = trainer(tmp_path, max_steps=20, dataloader_num_workers=workers, **options)
     seen: list[int] = []
     original = run.training_step
 
@@ -92,7 +104,7 @@ def test_rows_come_in_the_order_of_transformers(workers: int, tmp_path: Path) ->
 
     run.training_step = watched
     run.train()
-    assert seen == torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()
+    assert seen == expected
 
 
 def test_length_grouping_sees_every_row_once_and_groups(tmp_path: Path) -> None:
