@@ -133,7 +133,7 @@ def test_two_ranks_train(tmp_path: Path):
     command = [sys.executable, "-m", "prefopt.cli.main", "train", str(tmp_path / "run.yaml"), "--use_cpu"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == 1.0  # two steps of two pairs on each of two ranks are the eight rows
     assert (tmp_path / "out" / "model.safetensors").exists()

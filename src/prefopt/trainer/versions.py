@@ -37,5 +37,6 @@ def unify_checkpointing(config: Any, fresh: Collection[str]) -> list[str]:
 
 def end_run(trainer: Any) -> None:
     """Closes trackers and process groups. Can go with transformers 5.17, which lacks ``Trainer.end``."""
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves while another saves takes its connections with it
     if hasattr(trainer, "end"):
         trainer.end()
