@@ -95,3 +95,21 @@ def test_a_max_length_above_the_context_is_capped_with_one_line(tmp_path: Path, 
         run = trainer(tmp_path, max_length=10_000)
     assert run.prepare_options.max_length == 256
     assert sum("above the model's context" in record.message for record in caplog.records) == 1
+
+
+def test_padding_asked_for_where_nothing_is_padded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="prefopt"):
+        trainer(tmp_path, pad_to_multiple_of=16)
+    assert any("pad_to_multiple_of=16 has no effect" in record.message for record in caplog.records)
+
+
+def test_options_of_the_loader_and_the_cache_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared = []
+    monkeypatch.setattr("prefopt.trainer.steps.clear_device_cache", lambda: cleared.append(1))
+    options = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork", "dataloader_in_order": False}
+    run = trainer(tmp_path, torch_empty_cache_steps=2, max_steps=4, **options)
+    loader = run.get_train_dataloader()
+    assert loader.in_order is False
+    assert loader.multiprocessing_context.get_start_method() == "fork"
+    run.train()
+    assert len(cleared) == 2

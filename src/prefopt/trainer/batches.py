@@ -84,4 +84,6 @@ def loader_options(args: Any) -> dict[str, Any]:
         "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
         "persistent_workers": args.dataloader_persistent_workers and workers > 0,
         "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        "multiprocessing_context": args.dataloader_multiprocessing_context if workers else None,
+        "in_order": args.dataloader_in_order,
     }

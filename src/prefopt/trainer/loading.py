@@ -90,6 +90,9 @@ class LoadingTrainer(EvaluatingTrainer):
             own = choose_layout(model, choice.layout, example, branches)
             choice = LayoutChoice(own.layout, tuple(dict.fromkeys(choice.reasons + own.reasons)))
         logger.log(logging.WARNING if choice.reasons else logging.INFO, "%s", choice)
+        multiple = self.args.pad_to_multiple_of
+        if multiple is not None and choice.layout != "padded":
+            logger.warning("pad_to_multiple_of=%s has no effect: layout %s does not pad.", multiple, choice.layout)
         return choice
 
     def collate(self, *, padded: bool = False) -> Collate:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -138,6 +139,9 @@ class StepTrainer(Trainer):
                 self.accelerator.backward(loss, **self.backward_options())
             self.last_losses.append(loss.detach())
             self.window.add(result.metrics)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return torch.stack(self.last_losses).sum()
 
     @contextmanager
