@@ -209,6 +209,7 @@ def test_activation_offloading_is_refused_on_an_accelerator_only(monkeypatch):
         (DPOConfig, {"padding_free": True, "layout": "padded"}, "padding_free=True has no effect"),
         (DPOConfig, {"pad_to_multiple_of": 8, "layout": "packed"}, "pad_to_multiple_of=8 has no effect"),
         (DPOConfig, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect"),
+        (TPOConfig, {"include_for_metrics": ["inputs"]}, "include_for_metrics=['inputs'] has no effect"),
         (DPOConfig, {"pad_token": "<pad>"}, "pad_token is deprecated"),
         (CPOConfig, {"simpo_gamma": 1.0}, "simpo_gamma=1.0"),
         (TPOConfig, {"tpo_l_gamma": 1.0}, "tpo_l_gamma=1.0"),

@@ -206,6 +206,11 @@ class PreferenceConfig(TrainingArguments):
             found.append(
                 "activation_offloading=True has no effect on a CPU, where activations are in its memory already"
             )
+        if self.include_for_metrics:
+            found.append(
+                f"include_for_metrics={self.include_for_metrics} has no effect: compute_metrics gets the rewards, "
+                "log-probs and lengths of the pairs; set full_logits_for_metrics=True for the logits"
+            )
         if self.label_smoothing_factor:
             found.append(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "
