@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workload import QWEN3_06B, SMALL, WORKLOADS, make_model, make_rows
+from workload import SHAPES, WORKLOADS, make_model, make_rows
 
 
 def main() -> None:
@@ -46,6 +46,9 @@ def run(
         tokenizer: folder.
         steps: timed steps, after ``warmup``; of each epoch.
         epochs: passes over the same rows; only the last is timed.
+        threads: of torch on the CPU.
+        shape: a name of `SHAPES`.
+        dtype: of the weights; bfloat16 also turns autocast on.
         options: of the library's config.
         profile: write a table of operators to this file instead of timing.
     """
@@ -58,7 +61,7 @@ def run(
     kind = WORKLOADS[workload]
     processing_class = AutoTokenizer.from_pretrained(tokenizer)
     rows = make_rows(kind, Path(data), processing_class, (steps + warmup) * kind.pairs_per_step)
-    model = make_model(SMALL if shape == "small" else QWEN3_06B, dtype=dtype, device=device)
+    model = make_model(SHAPES[shape], dtype=dtype, device=device)
     config_class, trainer_class = classes(library, kind.method)
     config = config_class(
         output_dir="/tmp/prefopt-benchmark",
@@ -67,10 +70,11 @@ def run(
         max_length=kind.max_length,
         logging_steps=10,
         save_strategy="no",
+        train_sampling_strategy="sequential",  # every epoch the same steps
         report_to="none",
         disable_tqdm=True,
         use_cpu=device == "cpu",
-        bf16=dtype == "bfloat16" or False,
+        bf16=dtype == "bfloat16",
         **{**dict(kind.options), **(options or {})},
     )
     clock = Clock.callback(TrainerCallback, device)

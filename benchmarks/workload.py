@@ -41,7 +41,7 @@ class Shape:
 
 
 SMALL = Shape()
-QWEN3_06B = Shape(1024, 28, 16, 8, 128, 3072, 151_936)
+SHAPES = {"small": SMALL, "qwen3-0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151_936)}
 
 
 def useful_flops(shape: Shape, prompt: int, completions: list[int], *, reference: bool) -> float:
