@@ -9,9 +9,11 @@ import torch
 from test_layouts import examples, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefopt.scoring import attention, capability
+from prefopt.scoring import capability
+from prefopt.scoring.attention import plan
 from prefopt.scoring.capability import choose_layout, why_not_packed
 from prefopt.scoring.forward import install
+from prefopt.scoring.transforms import LogitTransform
 from prefopt.types import PAIR
 
 
@@ -49,9 +51,9 @@ def test_models_that_cannot_pack_are_padded_and_say_why(family: str, options: di
 
 def test_a_window_by_row_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault: the later completions' windows count rows instead of places in their sequence."""
-    original = attention.segment_mask
+    original = plan.segment_mask
     monkeypatch.setattr(
-        attention, "segment_mask", lambda length, prefix, window, like: original(length, prefix, window and 2, like)
+        plan, "segment_mask", lambda length, prefix, window, like: original(length, prefix, window and 2, like)
     )
     choice = choose_layout(tiny("mistral"), "auto", examples(1)[3], PAIR)
     assert choice.layout != "shared_prompt"
@@ -61,7 +63,7 @@ def test_a_window_by_row_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_head_that_its_config_does_not_describe_is_scored_from_full_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("granite")
     monkeypatch.setattr(capability, "use_full_logits", spy := Spy(capability.use_full_logits))
-    monkeypatch.setattr("prefopt.scoring.forward.logit_transform", lambda config: lambda logits: logits)
+    monkeypatch.setattr("prefopt.scoring.forward.logit_transform", lambda config: LogitTransform())
     choice = choose_layout(model, "auto", examples(1)[3], PAIR)
     assert choice.layout == "padded"
     assert spy.calls == 1

@@ -157,8 +157,8 @@ def test_shared_prompt_computes_each_prompt_once() -> None:
     assert shared.num_model_tokens == packed.num_model_tokens  # the log counts the prompt once per completion
 
 
-def test_the_segments_are_read_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator every read waits for the device; three layers and a recomputing backward share one."""
+def test_the_segments_are_never_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read waits for the device. A batch knows its segments; a carrier alone is read once for all layers."""
     model = tiny("llama").train()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -168,4 +168,6 @@ def test_the_segments_are_read_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or original(self))
     with segment_attention(model):
         score(model, batch).tokens.logps.sum().backward()
+        assert not reads
+        model(**share_batch(examples(1), TRIPLE).model_inputs).logits.sum().backward()
     assert len(reads) == 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from prefopt.batching.layout import CompletionSequence, branch_layout, completion_sequences, reference_sums
-from prefopt.types import Branch, PreferenceBatch, TokenizedExample
+from prefopt.types import Branch, PreferenceBatch, Segment, TokenizedExample
 
 __all__ = ["pad_batch"]
 
@@ -34,9 +35,9 @@ def pad_batch(
     input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(sequences), width), dtype=torch.int64)
     for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence.ids, dtype=torch.int64)
+        input_ids[row, : len(sequence)] = torch.from_numpy(sequence.ids)
         attention_mask[row, : len(sequence)] = 1
-    predict_from = [row * width + place - 1 for row, sequence in enumerate(sequences) for place in sequence.scored]
+    predict_from = [row * width + sequence.scored - 1 for row, sequence in enumerate(sequences)]
     return make_batch(
         examples,
         branches,
@@ -58,18 +59,23 @@ def make_batch(
     sequences: Sequence[CompletionSequence],
     *,
     model_inputs: dict[str, torch.Tensor],
-    predict_from: Sequence[int],
+    predict_from: Sequence[np.ndarray],
     weight: float,
+    segments: Sequence[Segment] | None = None,
 ) -> PreferenceBatch:
-    """What all layouts share: targets in sequence order, the layout of the branches, counts."""
-    targets = [sequence.ids[place] for sequence in sequences for place in sequence.scored]
+    """What all layouts share: targets in sequence order, the layout of the branches, counts.
+
+    ``predict_from`` has an array for each sequence.
+    """
+    targets = [sequence.completion_ids[sequence.scored - len(sequence.prompt_ids)] for sequence in sequences]
     return PreferenceBatch(
         model_inputs=model_inputs,
-        predict_from=torch.tensor(predict_from, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
+        predict_from=torch.from_numpy(np.concatenate(predict_from)),
+        targets=torch.from_numpy(np.concatenate(targets)),
         layout=branch_layout([len(sequence.scored) for sequence in sequences], branches),
         pair_weights=torch.full((len(examples),), weight, dtype=torch.float32),
         rows=tuple(example.row for example in examples),
         num_model_tokens=sum(len(sequence) for sequence in sequences) if weight else 0,
         ref_sum_logps=reference_sums(examples),
+        segments=None if segments is None else tuple(segments),
     )
