@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Branch: TypeAlias = Literal["chosen", "rejected", "gold"]
 Message: TypeAlias = dict[str, Any]
+Segment: TypeAlias = tuple[int, int, int, int]
+"""``(start, end, prefix_start, prefix_end)``: tokens start..end of a row see the prefix and, causally, themselves."""
 
 PAIR: tuple[Branch, Branch] = ("chosen", "rejected")
 TRIPLE: tuple[Branch, Branch, Branch] = ("chosen", "rejected", "gold")
@@ -121,6 +123,10 @@ class PreferenceBatch:
     """Tokens as TRL counts them: the prompt once per completion, no padding, no dummies."""
     ref_sum_logps: Mapping[Branch, Tensor] | None = None
     """branch -> [P] reference log-probs that came with the data or from the cache, nats."""
+    keys: tuple[bytes, ...] | None = None
+    """[P] the content of each pair in 16 bytes, by which a reference remembers it; None: it is not remembered."""
+    segments: tuple[Segment, ...] | None = None
+    """K segments of a packed row: the content of its ``attention_mask``, on the host."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with every tensor on ``device``."""
@@ -136,6 +142,8 @@ class OptimizerStep:
     """What one rank computes for one optimizer step: one item of the training loader."""
 
     micro_batches: tuple[PreferenceBatch, ...]
+    places: tuple[tuple[int, ...], ...]
+    """For each micro-batch, where its pairs stand among those of the step on all ranks, in the order of the set."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> OptimizerStep:
         return move(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))

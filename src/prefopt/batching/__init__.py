@@ -1,6 +1,8 @@
-"""From tokenised examples to batches: the layouts, and the collators that TRL's users pass."""
+"""From tokenised examples to batches: the layouts, how a step is cut, and the collators that TRL's users pass."""
 
+from prefopt.batching.budget import TokenBudget
 from prefopt.batching.collators import DataCollatorForPreference, DataCollatorForTriplePreference, collated_batch
+from prefopt.batching.lengths import GroupLengths, lengths_of_rows, lengths_of_set
 from prefopt.batching.packed import pack_batch, share_batch
 from prefopt.batching.padded import pad_batch
 from prefopt.batching.vision import DataCollatorForVisionPreference
@@ -9,7 +11,11 @@ __all__ = [
     "DataCollatorForPreference",
     "DataCollatorForTriplePreference",
     "DataCollatorForVisionPreference",
+    "GroupLengths",
+    "TokenBudget",
     "collated_batch",
+    "lengths_of_rows",
+    "lengths_of_set",
     "pack_batch",
     "pad_batch",
     "share_batch",

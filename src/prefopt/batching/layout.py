@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from prefopt.types import Branch, BranchLayout, TokenizedExample
@@ -14,16 +16,16 @@ __all__ = ["CompletionSequence", "branch_layout", "completion_sequences", "refer
 
 @dataclass(frozen=True)
 class CompletionSequence:
-    """A completion after its prompt, and which of its tokens are scored."""
+    """A completion after its prompt, and which of its tokens are scored; int64 arrays."""
 
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
-    scored: tuple[int, ...]
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    scored: np.ndarray
     """Places of the scored tokens in ``prompt + completion``; each is predicted from the place before it."""
 
     @property
-    def ids(self) -> list[int]:
-        return [*self.prompt_ids, *self.completion_ids]
+    def ids(self) -> np.ndarray:
+        return np.concatenate([self.prompt_ids, self.completion_ids])
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -35,10 +37,16 @@ def completion_sequences(
     """The B * P completions, by branch, then by pair. A token without context is not scored."""
     for branch in branches:
         for example in examples:
-            prompt_ids = example.prompt_ids[example.prompt_starts.get(branch, 0) :]
+            prompt_ids = int64_array(example.prompt_ids[example.prompt_starts.get(branch, 0) :])
             mask = example.loss_masks[branch]
-            scored = tuple(len(prompt_ids) + i for i, wanted in enumerate(mask) if wanted and len(prompt_ids) + i > 0)
-            yield CompletionSequence(prompt_ids, example.completion_ids[branch], scored)
+            places = np.arange(len(mask)) if all(mask) else np.flatnonzero(mask)
+            scored = places[places > 0] if len(prompt_ids) == 0 else places + len(prompt_ids)
+            yield CompletionSequence(prompt_ids, int64_array(example.completion_ids[branch]), scored)
+
+
+def int64_array(ids: Sequence[int]) -> np.ndarray:
+    """Token ids as an array; a list goes through ``array``, which reads it in half the time that numpy needs."""
+    return np.frombuffer(array("q", ids), dtype=np.int64)
 
 
 def branch_layout(lengths: Sequence[int], branches: Sequence[Branch]) -> BranchLayout:

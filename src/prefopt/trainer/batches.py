@@ -11,9 +11,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from prefopt.batching import collated_batch, pack_batch, pad_batch, share_batch
 from prefopt.data import tokenized_example
 from prefopt.trainer.loader import Collate, Row
-from prefopt.types import COLUMN_OF_BRANCH, Branch, PreferenceBatch
+from prefopt.types import Branch, PreferenceBatch
 
-__all__ = ["collate_into", "collate_with", "epoch_order", "group_lengths", "loader_options"]
+__all__ = ["collate_into", "collate_with", "epoch_order", "loader_options"]
 
 
 def collate_into(
@@ -54,7 +54,7 @@ def epoch_order(strategy: str, num_rows: int, *, seed: int, batch_size: int, len
         strategy: ``random``, ``sequential`` or ``group_by_length``.
         num_rows: rows of the data set.
         seed: of the run.
-        batch_size: pairs of a micro-batch over all ranks, which should have like lengths.
+        batch_size: pairs that are computed together, over all ranks, and should have like lengths.
         lengths: gives the length of every row; asked for only where it is needed.
     """
     if strategy == "sequential":
@@ -67,13 +67,6 @@ def epoch_order(strategy: str, num_rows: int, *, seed: int, batch_size: int, len
         return torch.randperm(num_rows, generator=generator).tolist()
 
     return order
-
-
-def group_lengths(rows: Any, branches: Sequence[Branch]) -> list[int]:
-    """Tokens of each row's prompt and completions together."""
-    columns = ["prompt_ids", *(f"{COLUMN_OF_BRANCH[branch]}_ids" for branch in branches)]
-    table = rows.select_columns(columns)
-    return [sum(len(row[column]) for column in columns) for row in table]
 
 
 def loader_options(args: Any) -> dict[str, Any]:

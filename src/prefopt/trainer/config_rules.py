@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["RULES", "Rule", "parse_json_options", "rule_mistakes"]
+__all__ = ["RULES", "Rule", "budget_mistakes", "budget_warnings", "parse_json_options", "rule_mistakes"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ RULES: dict[str, Rule] = {
     "pad_to_multiple_of": Rule(
         _or_none(_whole(1)), "a whole number of at least 1, 'auto' or None", "set None to pad to the longest row"
     ),
+    "tokens_per_batch": Rule(
+        _or_none(_whole(1)), "a whole number of at least 1, or None", "set None for micro-batches by number of pairs"
+    ),
     "precompute_ref_batch_size": Rule(
         _or_none(_whole(1)), "a whole number of at least 1, or None", "set None for the per-device batch size"
     ),
@@ -115,6 +118,34 @@ def _rule_of_field(spec: dataclasses.Field[Any]) -> Rule | None:
     if isinstance(spec.default, bool) and spec.type in ("bool", bool):
         return _flag(spec.default)
     return None
+
+
+def budget_mistakes(config: Any) -> list[str]:
+    """Losses that would be other ones if the cut into micro-batches followed from lengths."""
+    losses = () if config.tokens_per_batch is None else config.objective().micro_batch_losses
+    return [
+        f"tokens_per_batch={config.tokens_per_batch}: {name} is a function of the micro-batch, which a cut by tokens "
+        "would change; leave tokens_per_batch out and set per_device_train_batch_size"
+        for name in losses
+    ]
+
+
+def budget_warnings(config: Any) -> list[str]:
+    """What a budget of tokens per micro-batch does that its user may not expect."""
+    budget, found = config.tokens_per_batch, []
+    if budget is None:
+        return found
+    if config.max_length is not None and budget < config.max_length:
+        found.append(
+            f"tokens_per_batch={budget} is below max_length={config.max_length}: a pair with so long a sequence does "
+            "not fit and is a micro-batch of its own, above the budget"
+        )
+    if config.auto_find_batch_size:
+        found.append(
+            f"auto_find_batch_size=True makes the step smaller, not the micro-batches of tokens_per_batch={budget}; "
+            "lower tokens_per_batch where memory runs out"
+        )
+    return found
 
 
 def parse_json_options(config: Any, names: list[str]) -> list[str]:

@@ -44,9 +44,10 @@ class PairLengths(NamedTuple):
 
 
 class PairRecord(NamedTuple):
-    """What one pair contributes to the predictions; ``place`` orders the pairs of all ranks."""
+    """What one pair contributes to the predictions; ``place`` orders the pairs of all micro-batches and ranks."""
 
-    place: tuple[int, int, int]
+    place: tuple[int, int]
+    """Number of the loader's item, and place among its pairs."""
     rewards: tuple[float, float]
     logps: tuple[float, float]
     lengths: tuple[int, int]
@@ -73,12 +74,13 @@ class EvaluatingTrainer(StepTrainer):
         model = self.model_for_evaluation()
         sums, records, custom = MetricSums(), [], {}
         for number, (step, last) in enumerate(with_last(dataloader)):
-            for batch in step.to(self.args.device).micro_batches:
+            step = step.to(self.args.device)
+            for batch, places in zip(step.micro_batches, step.places, strict=True):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
                 sums.merge(evaluation_sums(result, batch))
                 if wants_pairs:
-                    records += self.pair_records(model, batch, result, number)
+                    records += self.pair_records(model, batch, result, [(number, place) for place in places])
             if wants_pairs and self.args.batch_eval_metrics:
                 custom = self.custom_metrics(*collected(gather_object(records)), last=last)
                 records = []
@@ -131,21 +133,17 @@ class EvaluatingTrainer(StepTrainer):
         return metrics, int(num_pairs)
 
     def pair_records(
-        self, model: nn.Module, batch: PreferenceBatch, result: StepResult, number: int
+        self, model: nn.Module, batch: PreferenceBatch, result: StepResult, places: list[tuple[int, int]]
     ) -> list[PairRecord]:
-        """A record per pair of a micro-batch; none for dummies."""
+        """A record per pair of a micro-batch, for its place; none for dummies."""
         if not batch.num_model_tokens:
             return []
         rewards = [result.terms.rewards[branch].tolist() for branch in PAIR]
         logps = [result.policy[branch].sum_logps.tolist() for branch in PAIR]
         lengths = [batch.layout.num_tokens[batch.layout.sequence_slice(branch)].tolist() for branch in PAIR]
         logits = self.pair_logits(model, batch) if self.args.full_logits_for_metrics else [None] * len(batch.rows)
-        return [
-            PairRecord((number, self.args.process_index, pair), *map(tuple, columns), logits[pair])  # type: ignore[arg-type]
-            for pair, columns in enumerate(
-                zip(zip(*rewards, strict=True), zip(*logps, strict=True), zip(*lengths, strict=True), strict=True)
-            )
-        ]
+        by_pair = (zip(*by_branch, strict=True) for by_branch in (rewards, logps, lengths))
+        return [PairRecord(*columns) for columns in zip(places, *by_pair, logits, strict=True)]
 
     def pair_logits(self, model: nn.Module, batch: PreferenceBatch) -> list[np.ndarray]:
         """[2, T, V] per pair, after ``preprocess_logits_for_metrics``; the batch is a padded one."""

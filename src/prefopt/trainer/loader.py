@@ -1,104 +1,70 @@
-"""Loaders whose items are whole optimizer steps, planned alike on every rank.
-
-A step has ``per_device * accumulation * world`` pairs, always; the last one of an epoch has what is left. It is cut
-into blocks of ``per_device * world`` pairs, and a block into one micro-batch per rank. Every rank makes the same plan
-from the same numbers, so no rank runs more micro-batches than another (collectives would hang) and no communication is
-needed; a rank without a pair of a block computes a dummy of weight 0.
-"""
+"""Loaders whose items are whole optimizer steps: this rank's micro-batches of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from prefopt.batching import lengths_of_rows, lengths_of_set
+from prefopt.trainer.geometry import Geometry, Share
 from prefopt.types import OptimizerStep, PreferenceBatch
 
-__all__ = ["Geometry", "StepLoader", "StepPlanner", "StepStream", "make_loader"]
+__all__ = ["StepLoader", "StepSampler", "StepStream", "make_loader"]
 
 Row = Mapping[str, Any]
 Collate = Callable[[Sequence[Row], float], PreferenceBatch]
 """Rows of one micro-batch and their weight -> the batch."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a step is divided."""
-
-    per_device: int
-    accumulation: int
-    world_size: int
-    rank: int
-
-    @property
-    def pairs_per_step(self) -> int:
-        return self.per_device * self.accumulation * self.world_size
-
-    def micro_batches(self, items: Sequence[Any]) -> Iterator[tuple[Sequence[Any], float]]:
-        """This rank's micro-batches of a step over ``items``, each with its weight (0: a dummy)."""
-        block_size = self.per_device * self.world_size
-        for start in range(0, len(items), block_size):
-            block = items[start : start + block_size]
-            share, extra = divmod(len(block), self.world_size)
-            first = self.rank * share + min(self.rank, extra)
-            own = block[first : first + share + (self.rank < extra)]
-            yield (own, 1.0) if len(own) else (block[:1], 0.0)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Row indices of one rank's micro-batches of a step, with their weights."""
-
-    micro_batches: tuple[tuple[tuple[int, ...], float], ...]
-
-
-class StepPlanner:
-    """Batch sampler over a map-style data set: one `StepPlan` per optimizer step.
+class StepSampler:
+    """Batch sampler over a map-style data set: the row indices of one optimizer step, on all ranks, at a time.
 
     Args:
         num_rows: rows of the data set.
-        geometry: how a step is divided.
+        pairs_per_step: rows of a step.
         order: epoch -> the row indices in the order of that epoch.
         drop_last: leave the last, smaller step out.
     """
 
     def __init__(
-        self, num_rows: int, geometry: Geometry, order: Callable[[int], Sequence[int]], *, drop_last: bool = False
+        self, num_rows: int, pairs_per_step: int, order: Callable[[int], Sequence[int]], *, drop_last: bool = False
     ) -> None:
-        self.num_rows, self.geometry, self.order, self.drop_last = num_rows, geometry, order, drop_last
+        self.num_rows, self.pairs_per_step, self.order, self.drop_last = num_rows, pairs_per_step, order, drop_last
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        size = self.geometry.pairs_per_step
+        size = self.pairs_per_step
         return self.num_rows // size if self.drop_last else -(-self.num_rows // size)
 
-    def __iter__(self) -> Iterator[StepPlan]:
-        order, size = self.order(self.epoch), self.geometry.pairs_per_step
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        order, size = self.order(self.epoch), self.pairs_per_step
         for start in range(0, len(self) * size, size):
-            step = self.geometry.micro_batches(order[start : start + size])
-            yield StepPlan(tuple((tuple(rows), weight) for rows, weight in step))
+            yield order[start : start + size]
 
 
-class PlannedRows(torch.utils.data.Dataset):
-    """A map-style data set that is asked for plans and gives `OptimizerStep`; its length stays that of the rows."""
+class StepRows(torch.utils.data.Dataset):
+    """A map-style data set that is asked for the rows of a step and gives `OptimizerStep`; its length is in rows."""
 
-    def __init__(self, rows: Any, collate: Collate) -> None:
-        self.rows, self.collate = rows, collate
+    def __init__(self, rows: Any, collate: Collate, geometry: Geometry) -> None:
+        self.rows, self.collate, self.geometry = rows, collate, geometry
+        self.lengths = lengths_of_set(rows, geometry.budget.branches) if geometry.budget else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, plan: StepPlan) -> OptimizerStep:
-        return OptimizerStep(
-            tuple(self.collate(self.rows.__getitems__(list(rows)), weight) for rows, weight in plan.micro_batches)
-        )
+    def __getitems__(self, indices: Sequence[int]) -> OptimizerStep:
+        def fetch(places: Sequence[int]) -> Sequence[Row]:
+            return self.rows.__getitems__([indices[place] for place in places])
+
+        lengths = None if self.lengths is None else self.lengths.take(indices)
+        return make_step(self.geometry.shares(len(indices), lengths), fetch, self.collate)
 
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
@@ -129,9 +95,14 @@ class StepStream(IterableDataset):
         step = 0
         while items := list(islice(rows, self.geometry.pairs_per_step)):
             if step % of == number:
-                batches = (self.collate(own, weight) for own, weight in self.geometry.micro_batches(items))
-                yield OptimizerStep(tuple(batches))
+                yield self.step_of(items)
             step += 1
+
+    def step_of(self, items: list[Row]) -> OptimizerStep:
+        budget = self.geometry.budget
+        lengths = lengths_of_rows(items, budget.branches) if budget else None
+        shares = self.geometry.shares(len(items), lengths)
+        return make_step(shares, lambda places: [items[place] for place in places], self.collate)
 
     def endless_rows(self) -> Iterator[Row]:
         epoch = 0
@@ -150,11 +121,28 @@ class StepStream(IterableDataset):
             epoch += 1
 
 
+def make_step(
+    shares: Iterable[Share], fetch: Callable[[Sequence[int]], Sequence[Row]], collate: Collate
+) -> OptimizerStep:
+    """The step of one rank.
+
+    Args:
+        shares: its micro-batches.
+        fetch: places in the step -> the rows.
+        collate: rows of one micro-batch and their weight -> the batch.
+    """
+    own = tuple(shares)
+    return OptimizerStep(
+        micro_batches=tuple(collate(fetch(share.places), share.weight) for share in own),
+        places=tuple(tuple(share.places) for share in own),
+    )
+
+
 class StepLoader(DataLoader):
-    """A `DataLoader` of optimizer steps that passes the epoch on to its planner."""
+    """A `DataLoader` of optimizer steps that passes the epoch on to its sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.batch_sampler, StepPlanner):
+        if isinstance(self.batch_sampler, StepSampler):
             self.batch_sampler.set_epoch(epoch)
 
 
@@ -178,7 +166,8 @@ def make_loader(
     """
     if isinstance(rows, Sized):
         order = order or (lambda epoch: range(len(rows)))
-        planner = StepPlanner(len(rows), geometry, order, drop_last=drop_last)
-        return StepLoader(PlannedRows(rows, collate), batch_sampler=planner, collate_fn=first_item, **kwargs)  # type: ignore[arg-type]
+        sampler: Any = StepSampler(len(rows), geometry.pairs_per_step, order, drop_last=drop_last)
+        steps = StepRows(rows, collate, geometry)
+        return StepLoader(steps, batch_sampler=sampler, collate_fn=first_item, **kwargs)
     stream = StepStream(rows, collate, geometry, endless=order is not None)
     return StepLoader(stream, batch_size=None, collate_fn=first_item, **kwargs)

@@ -214,7 +214,8 @@ def aux_weight(model: PreTrainedModel, args: PreferenceConfig) -> float:
     """Weight of the mixture-of-experts load-balancing loss: the option's, else the model's own; 0 for dense models.
 
     Raises:
-        ValueError: ``router_aux_loss_coef`` was set for a model that has no experts.
+        ValueError: ``router_aux_loss_coef`` was set for a model that has no experts, or the loss would depend on a
+            budget of tokens.
     """
     config = model.config.get_text_config()
     given = args.router_aux_loss_coef
@@ -225,4 +226,11 @@ def aux_weight(model: PreTrainedModel, args: PreferenceConfig) -> float:
                 "load-balancing loss; leave the option out."
             )
         return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if given is None else given
+    weight = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if given is None else given
+    if weight and args.tokens_per_batch is not None:
+        raise ValueError(
+            f"tokens_per_batch={args.tokens_per_batch}: the load-balancing loss of {type(model).__name__} is a "
+            "function of the micro-batch, which a cut by tokens would change; set router_aux_loss_coef=0, or leave "
+            "tokens_per_batch out."
+        )
+    return weight

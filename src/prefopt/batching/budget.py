@@ -1,0 +1,149 @@
+"""Micro-batches by a budget of tokens: the pairs of an optimizer step, packed best-fit decreasing.
+
+The tokens of a micro-batch are the positions that the model computes, so they depend on the batch layout:
+
+================= ==========================================================================================
+``shared_prompt`` each pair's prompt and completions; of a pair whose completions keep different parts of the
+                  prompt, the sequences apart
+``packed``        the complete sequences, the prompt once per completion
+``padded``        rows times the longest sequence, rounded up to a multiple
+================= ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefopt.batching.lengths import GroupLengths
+from prefopt.types import Branch
+
+__all__ = ["TokenBudget", "group_tokens", "micro_batch_tokens", "pack_by_budget"]
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """At most this many tokens in a micro-batch, as a layout counts them."""
+
+    tokens: int
+    layout: str
+    branches: tuple[Branch, ...]
+    """Completions of a pair that are computed."""
+    pad_to_multiple_of: int | None = None
+
+    def micro_batches(self, lengths: GroupLengths, num_ranks: int = 1) -> list[list[int]]:
+        """The pairs of a step, on all ranks, in as few rounds of one micro-batch per rank as the budget allows.
+
+        Among plans with that many rounds it takes one whose largest micro-batch is small, which spreads the work
+        evenly over rounds and ranks and needs the least memory. The largest come first: memory that runs out does so
+        at once, and what the first one allocated is enough for the others.
+
+        Args:
+            lengths: of the n pairs of the step.
+            num_ranks: that work side by side.
+
+        Returns:
+            micro-batches of pair numbers 0..n-1, each ascending; every pair once.
+        """
+        padded = self.layout == "padded"
+        sizes = group_tokens(lengths, self.layout, pad_to_multiple_of=self.pad_to_multiple_of)
+        packed = pack_evenly(sizes, self.tokens, num_ranks, padded=padded)
+
+        def from_the_largest(pairs: list[int]) -> tuple[int, list[int]]:
+            return -micro_batch_tokens([sizes[pair] for pair in pairs], padded=padded), pairs
+
+        return sorted(map(sorted, packed), key=from_the_largest)
+
+
+def group_tokens(lengths: GroupLengths, layout: str, *, pad_to_multiple_of: int | None = None) -> list[int]:
+    """[n] the tokens of each pair when it is alone in a micro-batch."""
+    if layout == "shared_prompt":
+        return shared_tokens(lengths).tolist()
+    if layout == "packed":
+        return packed_tokens(lengths).tolist()
+    return padded_tokens(lengths, pad_to_multiple_of).tolist()
+
+
+def shared_tokens(lengths: GroupLengths) -> NDArray[np.int64]:
+    """[n] of groups; of a pair whose completions keep different parts of the prompt, of its sequences."""
+    share = (lengths.starts == lengths.starts[:, :1]).all(1)
+    return np.where(share, lengths.totals - lengths.starts[:, 0], packed_tokens(lengths))
+
+
+def packed_tokens(lengths: GroupLengths) -> NDArray[np.int64]:
+    """[n] of complete sequences."""
+    return lengths.sequences.sum(1)
+
+
+def padded_tokens(lengths: GroupLengths, multiple: int | None) -> NDArray[np.int64]:
+    """[n] of rows as wide as the pair's longest sequence, rounded up to a multiple."""
+    multiple = multiple or 1
+    width = -(-lengths.sequences.max(1) // multiple) * multiple
+    return lengths.completions.shape[1] * width
+
+
+def micro_batch_tokens(sizes: Sequence[int], *, padded: bool) -> int:
+    """The tokens of a micro-batch of pairs with these sizes; padding makes each as large as the largest."""
+    return len(sizes) * max(sizes) if padded else sum(sizes)
+
+
+def pack_evenly(sizes: Sequence[int], budget: int, num_ranks: int, *, padded: bool) -> list[list[int]]:
+    """Pair numbers, packed within the budget into a number of rounds that best-fit decreasing finds.
+
+    A smaller budget is looked for, by bisection, that does not take more rounds: with it the micro-batches are about
+    equally large, and there is one for every rank where there are pairs enough.
+    """
+    packed = pack_by_budget(sizes, budget, padded=padded)
+    slots = -(-len(packed) // num_ranks) * num_ranks
+    too_small, enough = 0, budget
+    while enough - too_small > 1:
+        middle = (too_small + enough) // 2
+        tried = pack_by_budget(sizes, middle, padded=padded)
+        if len(tried) <= slots:
+            packed, enough = tried, middle
+        else:
+            too_small = middle
+    return packed
+
+
+def pack_by_budget(sizes: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:
+    """Pair numbers in micro-batches of at most ``budget`` tokens; a pair above it is a micro-batch of its own.
+
+    >>> pack_by_budget([6, 5, 4, 3, 2], 10, padded=False)
+    [[0, 2], [1, 3, 4]]
+    >>> pack_by_budget([6, 5, 4, 3, 2], 10, padded=True)
+    [[0], [1, 2], [3, 4]]
+    """
+    decreasing = sorted(range(len(sizes)), key=lambda pair: (-sizes[pair], pair))
+    return cut_padded(decreasing, sizes, budget) if padded else best_fit(decreasing, sizes, budget)
+
+
+def best_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Each pair in turn goes where the least room is left over, or into a new micro-batch."""
+    packed: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that are free, micro-batch), ascending
+    for pair in order:
+        place = bisect_left(rooms, (sizes[pair], -1))
+        if place < len(rooms):
+            room, micro_batch = rooms.pop(place)
+        else:
+            room, micro_batch = budget, len(packed)
+            packed.append([])
+        packed[micro_batch].append(pair)
+        insort(rooms, (room - sizes[pair], micro_batch))
+    return packed
+
+
+def cut_padded(decreasing: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """As many neighbours in order of length as fit; no other cut of padded rows has fewer micro-batches."""
+    packed: list[list[int]] = []
+    first = 0
+    while first < len(decreasing):
+        count = max(1, budget // sizes[decreasing[first]])
+        packed.append(list(decreasing[first : first + count]))
+        first += count
+    return packed
