@@ -30,7 +30,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Caches of this run, so that no test sees what an earlier run computed."""
-    os.environ["PREFOPT_CACHE"] = str(tmp_path_factory.mktemp("prefopt_cache"))
+    os.environ["PREFOPT_CACHE"] = "off"
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets_cache"))
+
+
+@pytest.fixture
+def reference_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lets the runs of a test share what their references gave; without it each run computes it for itself."""
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "reference_cache"))
+    return tmp_path / "reference_cache"

@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     running = {
         world: subprocess.Popen(
             [sys.executable, *prefix, str(SCRIPT), str(folder)],
-            env={**environment, "PREFOPT_CACHE": str(folder / world)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -55,8 +55,43 @@ def test_training_is_that_of_one_process(name: str, results: dict[str, dict]) ->
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("count", EVALUATED)
-def test_evaluation_is_that_of_one_process(count: int, results: dict[str, dict]) -> None:
-    ours, alone = (results[world][f"evaluate-{count}"] for world in ("2", "1"))
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_is_that_of_one_process(name: str, results: dict[str, dict]) -> None:
+    ours, alone = (results[world][f"evaluate-{name}"] for world in ("2", "1"))
     assert ours.pop("order") == pytest.approx(alone.pop("order"), rel=1e-5)
     assert ours == pytest.approx(alone, rel=1e-5, abs=1e-6)
+
+
+ASKED = {
+    "epochs": [[3, 0, 0], [3, 0, 0]],
+    "second run": [[0, 0, 0], [0, 0, 0]],
+    "rank 0 knows": [[0, 0, 0], [0, 0, 0]],
+    "rank 1 knows": [[1, 0, 0], [1, 0, 0]],
+}
+"""Run -> for each rank, the micro-batches that its reference scores in each epoch. The main process's cache counts in
+a pass before training."""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ASKED)
+def test_what_one_rank_has_scored_all_remember(name: str, results: dict[str, dict]) -> None:
+    assert results["2"][name]["asked"] == ASKED[name]
+    test_training_is_that_of_one_process(name, results)
+
+
+DECIDED = {
+    "dpo": (False, False),
+    "dpo-checkpointing": (True, False),
+    "room": (False, False),
+    "room on one rank": (True, False),
+    "experts": (False, False),
+    "an unused weight": (False, True),
+    "a search asked for": (False, True),
+}
+"""Run -> whether activations are recomputed, and whether DDP looks for weights without a gradient in every step."""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", DECIDED)
+def test_ranks_decide_alike(name: str, results: dict[str, dict]) -> None:
+    assert tuple(results["2"][name]["decided"].values()) == DECIDED[name]

@@ -15,10 +15,17 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "trainer")]
 
 import torch  # noqa: E402
-from runs import dataset, log_rows, trainer, weights  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
+from runs import UNSET, dataset, log_rows, trainer, weights  # noqa: E402
+from tiny_models import tiny_model  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from prefopt.reference import ModelReference  # noqa: E402
+from prefopt.trainer import preparing  # noqa: E402
 
 GLOBAL_BATCH = 4
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 5, "lr_scheduler_type": "constant", "use_cpu": True}
+TWICE = {"gradient_accumulation_steps": 2, "loss_type": "sigmoid"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"count": 21, "loss_type": ["sigmoid", "sft"]}),
     "dpo-accumulating": ("dpo", {"count": 21, "gradient_accumulation_steps": 2}),
@@ -28,11 +35,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-precomputed": ("dpo", {"count": 21, "precompute_ref_log_probs": True}),
     "tr-dpo": ("dpo", {"count": 21, "sync_ref_model": True, "ref_model_sync_steps": 2}),
     "dpo-stream": ("dpo", {"stream": 21}),
+    **{f"budget-{tokens}": ("dpo", {"count": 21, "tokens_per_batch": tokens, **TWICE}) for tokens in (1, 60, 10_000)},
+    "budget-stream": ("tpo", {"stream": 21, "tokens_per_batch": 60, **TWICE}),
+    "budget-precomputed": ("dpo", {"count": 21, "tokens_per_batch": 60, "precompute_ref_log_probs": True}),
     "cpo": ("cpo", {"count": 21, "loss_type": "simpo", "cpo_alpha": 0.5}),
     "tpo": ("tpo", {"count": 21}),
     **{f"rows-{count}": ("dpo", {"count": count, "max_steps": 2}) for count in (1, 2, 3, 5, 6, 7)},
+    "compiled": ("dpo", {"count": 21, "torch_compile_backend": "eager"}),
+    "room": ("dpo", {"count": 21, "free": (1e12, 1e12)}),
+    "room on one rank": ("dpo", {"count": 21, "free": (1e12, 1e4)}),
+    "experts": ("cpo", {"count": 21, "family": "qwen3_moe", "router_aux_loss_coef": 0.0}),
+    "an unused weight": ("dpo", {"count": 21, "unused": True}),
+    "a search asked for": ("dpo", {"count": 21, "ddp_find_unused_parameters": True}),
 }
-EVALUATED = (1, 2, 3, 5, 9)
+EVALUATED = {
+    **{str(count): {"count": count} for count in (1, 2, 3, 5, 9)},
+    "9-budget": {"count": 9, "per_device_eval_batch_size": 4, "tokens_per_batch": 60},
+}
 
 
 def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -44,33 +63,78 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
         options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     if count := options.pop("stream", 0):
         options["rows"] = dataset(count).to_iterable_dataset()
+    if free := options.pop("free", ()):
+        options["gradient_checkpointing"] = UNSET
+        preparing.free_bytes = lambda device, num_processes: free[int(os.environ.get("RANK", "0"))]
+    if family := options.pop("family", None):
+        options["model"] = tiny_model(family, seed=1)
+    if options.pop("unused", False):
+        options["model"] = tiny_model(seed=1)
+        options["model"].unused = torch.nn.Parameter(torch.ones(3))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options = {"per_device_train_batch_size": GLOBAL_BATCH // world, **SGD, **options}
     run = trainer(folder, method, **options)
     run.train()
+    decided = {"checkpointing": run.args.gradient_checkpointing}
     if world > 1:
         assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
-    return {"weights": weights(run.model).double().tolist(), "log": log_rows(run)}
+        decided["search"] = run.model_wrapped.find_unused_parameters
+    return {"weights": weights(run.model).double().tolist(), "log": log_rows(run), "decided": decided}
 
 
-def evaluate(folder: Path, count: int) -> dict[str, float]:
+def evaluate(folder: Path, *, count: int, **options: Any) -> dict[str, float]:
     """Metrics of ``count`` rows before any training, and how many pairs ``compute_metrics`` saw, in which order."""
     seen: list[Any] = []
     run = trainer(
         folder,
         eval_dataset=dataset(count, seed=5),
-        per_device_eval_batch_size=2,
         use_cpu=True,
         compute_metrics=lambda prediction: seen.append(prediction) or {},
+        **{"per_device_eval_batch_size": 2, **options},
     )
     metrics = {k: v for k, v in run.evaluate().items() if "runtime" not in k and "per_second" not in k}
     return {**metrics, "order": seen[0].predictions.logps_chosen.tolist()}  # type: ignore[dict-item]
 
 
+def remembered(folder: Path) -> dict[str, Any]:
+    """How many micro-batches the reference of each rank scores: in every epoch of a run, and in the runs after it.
+
+    The nodes of a cluster may have a cache each: of what the first run wrote, in the last two only one rank knows.
+    """
+    count, options = 9, {"max_steps": -1, "num_train_epochs": 3}  # the last step of an epoch has a dummy
+    asked: list[int] = [0]
+
+    class Epochs(TrainerCallback):
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            asked.append(0)
+
+    def counted(self: ModelReference, batch: Any) -> Any:
+        asked[-1] += 1
+        return original(self, batch)
+
+    original, ModelReference.__call__ = ModelReference.__call__, counted
+    results: dict[str, Any] = {}
+    first, rank = folder / "first", int(os.environ.get("RANK", "0"))
+    for name, cache, more in (
+        ("epochs", first, {}),
+        ("second run", first, {"beta": 0.3}),
+        ("rank 0 knows", first if rank == 0 else folder / "none", {"precompute_ref_log_probs": True}),
+        ("rank 1 knows", first if rank == 1 else folder / "none", {"precompute_ref_log_probs": True}),
+    ):
+        os.environ["PREFOPT_CACHE"] = str(cache)
+        asked[:] = [0]
+        result = run_case(folder, "dpo", {"count": count, "callbacks": [Epochs()], **options, **more})
+        results[name] = {**result, "asked": gather_object([asked[:3]])}
+    ModelReference.__call__ = original
+    os.environ["PREFOPT_CACHE"] = "off"
+    return results
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {name: run_case(folder, *case) for name, case in CASES.items()}
-    results |= {f"evaluate-{count}": evaluate(folder, count) for count in EVALUATED}
+    results |= {f"evaluate-{name}": evaluate(folder, **options) for name, options in EVALUATED.items()}
+    results |= remembered(folder / f"caches-{os.environ.get('WORLD_SIZE', '1')}")
     if int(os.environ.get("RANK", "0")) == 0:
         world = os.environ.get("WORLD_SIZE", "1")
         (folder / f"results-{world}.json").write_text(json.dumps(results))

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from reference_models import batch_of, example, one_weight, rows, tiny_llama
 
 from prefopt.batching.padded import pad_batch
 from prefopt.reference import (
     ReferenceCache,
+    Remembered,
     cache_folder,
     make_reference,
     missing_rows,
-    record,
     row_keys,
     with_reference_logps,
 )
-from prefopt.types import PAIR, SequenceStats
+from prefopt.types import PAIR
 
 KEYS = [bytes([number]) * 16 for number in range(4)]
 ENTRIES = {key: (-1.5 - number, -2.25 - number / 3) for number, key in enumerate(KEYS)}
@@ -172,61 +171,45 @@ def test_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # -- a data set from beginning to end ------------------------------------------------------------------------------
 
 
-def precompute(model: Any, dataset: Dataset, folder: Path) -> tuple[Dataset, int]:
+def precompute(model: Any, dataset: Dataset) -> tuple[Dataset, int]:
     """What the trainer does, with batches of 3; the set, and how many rows were scored."""
-    reference = make_reference(model)
-    cache = ReferenceCache(folder, reference.fingerprint())
-    keys = row_keys(dataset)
-    key_of_row = dict(zip(dataset["row"], keys, strict=True))
+    memory = make_reference(model, remember=True)
+    assert isinstance(memory, Remembered)
+    cache, keys = memory.opened(), row_keys(dataset)
     todo = missing_rows(cache, keys)
     for start in range(0, len(todo), 3):
-        batch = pad_batch([example(dataset[index]) for index in todo[start : start + 3]], PAIR)
-        record(cache, key_of_row, batch, reference(batch))
+        chosen = [dataset[index] for index in todo[start : start + 3]]
+        memory(replace(pad_batch([example(row) for row in chosen], PAIR), keys=tuple(row_keys(chosen))))
+    memory.settle()
     cache.flush()
     return with_reference_logps(dataset, keys, cache), len(todo)
 
 
-def test_precomputed_log_probs_are_those_of_the_reference(tmp_path: Path) -> None:
+def test_precomputed_log_probs_are_those_of_the_reference() -> None:
     model, made = tiny_llama(), rows(7)
-    dataset, scored = precompute(model, Dataset.from_list(made), tmp_path)
+    dataset, scored = precompute(model, Dataset.from_list(made))
     assert scored == 7
     wanted = make_reference(model)(batch_of(made))
     for branch in PAIR:
         assert dataset[f"ref_{branch}_logps"][:] == pytest.approx(wanted[branch].sum_logps.tolist(), rel=1e-5)
 
 
-def test_the_second_run_computes_only_what_is_new(tmp_path: Path) -> None:
+def test_the_second_run_computes_only_what_is_new(reference_cache: Path) -> None:
     """Rows in another order, one of them twice, two of them new; then another model."""
     made = rows(9)
-    first, _ = precompute(tiny_llama(), Dataset.from_list(made[:7]), tmp_path)
+    first, _ = precompute(tiny_llama(), Dataset.from_list(made[:7]))
     again = [made[number] for number in (8, 3, 0, 8, 7, 5)]
     for number, row in enumerate(again):
         again[number] = {**row, "row": number}
-    second, scored = precompute(tiny_llama(), Dataset.from_list(again), tmp_path)
+    second, scored = precompute(tiny_llama(), Dataset.from_list(again))
     assert scored == 2
     assert second["ref_chosen_logps"][1] == first["ref_chosen_logps"][3]
     assert second["ref_chosen_logps"][0] == second["ref_chosen_logps"][3]
-    third, scored = precompute(tiny_llama(), second, tmp_path)
+    third, scored = precompute(tiny_llama(), second)
     assert scored == 0
     assert third["ref_rejected_logps"][:] == second["ref_rejected_logps"][:]
-    _, scored = precompute(one_weight(tiny_llama()), second, tmp_path)
+    _, scored = precompute(one_weight(tiny_llama()), second)
     assert scored == 5
-
-
-def test_dummies_are_not_recorded(tmp_path: Path) -> None:
-    cache, batch = ReferenceCache(tmp_path, "a"), batch_of(weight=0.0)
-    record(cache, {}, batch, make_reference(tiny_llama())(batch))
-    assert len(cache) == 0
-
-
-def test_a_nan_is_not_recorded(tmp_path: Path) -> None:
-    cache, batch = ReferenceCache(tmp_path, "a"), batch_of()
-    stats = dict(make_reference(tiny_llama())(batch))
-    bad = stats["rejected"].sum_logps.clone()
-    bad[2] = float("nan")
-    stats["rejected"] = replace(stats["rejected"], sum_logps=bad)
-    with pytest.raises(ValueError, match=r"gives row 2 the log-probs \(-\d+\.\d+, nan\)"):
-        record(cache, dict(enumerate(KEYS)), batch, stats)
 
 
 def test_missing_log_probs_are_counted(tmp_path: Path) -> None:
@@ -234,16 +217,3 @@ def test_missing_log_probs_are_counted(tmp_path: Path) -> None:
     cache.put({KEYS[0]: (-1.0, -2.0)})
     with pytest.raises(ValueError, match="2 of 3 rows have no reference log-probs, the first at index 1"):
         with_reference_logps(Dataset.from_list(rows(3)), KEYS[:3], cache)
-
-
-def test_stats_of_one_pair_go_to_its_row(tmp_path: Path) -> None:
-    """By hand: three pairs, the middle one a dummy, rows in any order."""
-    cache = ReferenceCache(tmp_path, "a")
-    batch = replace(batch_of(rows(3)), rows=(9, -1, 4), pair_weights=torch.tensor([1.0, 0.0, 1.0]))
-    tokens = torch.ones(3)
-    stats = {
-        "chosen": SequenceStats(torch.tensor([-1.0, -2.0, -3.0]), tokens),
-        "rejected": SequenceStats(torch.tensor([-4.0, -5.0, -6.0]), tokens),
-    }
-    record(cache, {9: KEYS[0], 4: KEYS[1]}, batch, stats)
-    assert cache.pending == {KEYS[0]: (-1.0, -4.0), KEYS[1]: (-3.0, -6.0)}

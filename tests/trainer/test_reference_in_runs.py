@@ -33,7 +33,9 @@ def test_precomputed_equals_online(options: dict, tmp_path: Path) -> None:
     assert margins[0] == pytest.approx(margins[1], rel=1e-3)
 
 
-def test_a_second_run_reads_the_cache_even_with_another_learning_rate(tmp_path: Path, monkeypatch) -> None:
+def test_a_second_run_reads_the_cache_even_with_another_learning_rate(
+    tmp_path: Path, monkeypatch, reference_cache: Path
+) -> None:
     from prefopt.reference.policy import ModelReference
 
     calls = []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from runs import dataset, log_rows, trainer, weights
 
+from prefopt.reference import ModelReference
+
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "count": 12}
+"""Three steps an epoch: what the reference gave in the first is looked up in the others."""
 CASES = {
     "dpo": ("dpo", {}),
     "dpo-stream": ("dpo", {"stream": True}),
@@ -21,8 +26,24 @@ CASES = {
     "tr-dpo": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
     "tr-dpo-lora": ("dpo", {"lora": True, "sync_ref_model": True, "ref_model_sync_steps": 2}),
     "bco-shift": ("dpo", {"loss_type": "bco_pair", "bco_shift": True}),
-    "epochs": ("dpo", {"max_steps": -1, "num_train_epochs": 2, "count": 12}),
+    "budget": ("dpo", {"tokens_per_batch": 60, "gradient_accumulation_steps": 2}),
+    "budget-stream": ("tpo", {"tokens_per_batch": 60, "stream": True}),
+    "epochs": ("dpo", EPOCHS),
+    "epochs-lora": ("dpo", {**EPOCHS, "lora": True}),
+    "epochs-stream": ("dpo", {"count": 12, "max_steps": 8, "stream": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch, reference_cache: Path) -> None:
+    """Log-probs of the reference are rounded by the company a pair has, more than so small a model does by itself."""
+    original = ModelReference.__call__
+
+    def rounded(self, batch):
+        noise = 1e-5 * (sum(batch.rows) % 7)
+        return {b: replace(stats, sum_logps=stats.sum_logps + noise) for b, stats in original(self, batch).items()}
+
+    monkeypatch.setattr(ModelReference, "__call__", rounded)
 
 
 def made(folder: Path, method: str, options: dict):
@@ -34,7 +55,7 @@ def made(folder: Path, method: str, options: dict):
         torch.manual_seed(3)
         options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     if stream:
-        options["rows"] = dataset().to_iterable_dataset()
+        options["rows"] = dataset(options.pop("count", 40)).to_iterable_dataset()
     return trainer(folder, method, save_strategy="steps", save_steps=1, logging_steps=3, **options)
 
 
@@ -49,6 +70,21 @@ def test_resuming_changes_nothing(name: str, tmp_path: Path) -> None:
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert torch.equal(weights(resumed.model), weights(whole.model)), step
         assert log_rows(resumed) == log_rows(whole), step
+
+
+def test_the_cache_does_not_enter_a_resumed_run(tmp_path: Path, monkeypatch) -> None:
+    """It may be gone, or hold what another run has computed in other batches: the checkpoint has the run's values."""
+    caches = [str(tmp_path / "own"), str(tmp_path / "of_another_run")]
+    monkeypatch.setenv("PREFOPT_CACHE", caches[1])
+    made(tmp_path / "another", "dpo", {**EPOCHS, "per_device_train_batch_size": 5}).train()
+    monkeypatch.setenv("PREFOPT_CACHE", caches[0])
+    whole = made(tmp_path / "whole", "dpo", EPOCHS)
+    whole.train()
+    for cache in caches:
+        monkeypatch.setenv("PREFOPT_CACHE", cache)
+        resumed = made(tmp_path / "resumed", "dpo", EPOCHS)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+        assert torch.equal(weights(resumed.model), weights(whole.model)), cache
 
 
 def test_the_checkpoint_has_what_users_look_for(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from prefopt.reference.identity import check_identity
 from prefopt.reference.make import make_reference
 from prefopt.reference.moving_average import BEMASchedule, BEMAState, soft_update
 from prefopt.reference.policy import ModelReference, Precomputed, ReferencePolicy
-from prefopt.reference.precompute import missing_rows, record, row_keys, with_reference_logps
+from prefopt.reference.precompute import missing_rows, row_key, row_keys, with_reference_logps
+from prefopt.reference.remembered import Remembered
 from prefopt.reference.weights import named_weights, swapped
 
 __all__ = [
@@ -16,13 +17,14 @@ __all__ = [
     "Precomputed",
     "ReferenceCache",
     "ReferencePolicy",
+    "Remembered",
     "cache_folder",
     "check_identity",
     "fingerprint",
     "make_reference",
     "missing_rows",
     "named_weights",
-    "record",
+    "row_key",
     "row_keys",
     "soft_update",
     "swapped",

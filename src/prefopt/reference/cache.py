@@ -28,15 +28,29 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 16
 SUFFIX = ".safetensors"
 
+FOLDER = "reference_logps"
+"""In the folder of caches, and in a checkpoint."""
+OFF = "off"
+"""The value of ``PREFOPT_CACHE`` with which nothing is remembered."""
+
 Values = tuple[float, ...]
+"""log p of the chosen and of the rejected completion, nats."""
 
 
-def cache_folder() -> Path:
-    """Where caches are kept: ``$PREFOPT_CACHE``, else ``$XDG_CACHE_HOME/prefopt``, else ``~/.cache/prefopt``."""
+def cache_folder() -> Path | None:
+    """Where caches are kept: ``$PREFOPT_CACHE``, else ``$XDG_CACHE_HOME/prefopt``, else ``~/.cache/prefopt``.
+
+    None: nowhere, because ``PREFOPT_CACHE`` is ``off``, or the user has no home.
+    """
     own = os.environ.get("PREFOPT_CACHE")
     if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefopt"
+        return None if own == OFF else Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "prefopt"
+    try:
+        return Path.home() / ".cache" / "prefopt"
+    except RuntimeError:  # what pathlib raises for a user id that no account has, as in some containers
+        return None
 
 
 class ReferenceCache:
@@ -48,11 +62,12 @@ class ReferenceCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, reference: str) -> None:
-        self.folder = (cache_folder() if folder is None else Path(folder)) / "reference_logps" / reference
+        parent = cache_folder() if folder is None else Path(folder)
+        self.folder = None if parent is None else parent / FOLDER / reference
         self.reference = reference
         self.values: dict[bytes, Values] = {}
         self.pending: dict[bytes, Values] = {}
-        """What `put` brought since the last `flush`: what a rank sends to the others."""
+        """What `put` brought since the last `flush` or `take`."""
         self.shards: set[str] = set()
         self.reload()
 
@@ -77,26 +92,31 @@ class ReferenceCache:
         self.values.update(entries)
 
     def reload(self) -> None:
-        """Read the shards that are new since the last time, also those of other processes."""
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+        """Read the shards that are new since the last time, also those of other processes. What is known stays."""
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder is not None else ():
             if path.name not in self.shards:
                 self.shards.add(path.name)
-                self.values.update(read_shard(path, self.reference))
+                for key, values in read_shard(path, self.reference).items():
+                    self.values.setdefault(key, values)
+
+    def take(self) -> dict[bytes, Values]:
+        """What is pending, which is then left to others to write."""
+        pending, self.pending = self.pending, {}
+        return pending
 
     def flush(self) -> None:
         """Write what is pending as one shard. A folder that cannot be written costs the cache, not the run."""
-        if not self.pending:
-            return
-        try:
-            self.shards.add(write_shard(self.folder, self.pending, self.reference))
-        except OSError as error:
-            logger.warning(
-                "The reference log-probs could not be written to %s (%s); the run goes on, the next one computes them "
-                "anew. Set PREFOPT_CACHE to a folder with space that can be written.",
-                self.folder,
-                error,
-            )
-        self.pending = {}
+        pending = self.take()
+        if pending and self.folder is not None:
+            try:
+                self.shards.add(write_shard(self.folder, pending, self.reference))
+            except OSError as error:
+                logger.warning(
+                    "The reference log-probs could not be written to %s (%s); the run goes on, the next one computes "
+                    "them anew. Set PREFOPT_CACHE to a folder with space that can be written, or to `off`.",
+                    self.folder,
+                    error,
+                )
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Values], reference: str) -> str:

@@ -12,11 +12,12 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import prefopt
 from prefopt.reference.adapters import adapter_modules, adapter_parameters
 from prefopt.reference.weights import bare
 from prefopt.scoring.forward import innermost
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "probe"]
 
 IRRELEVANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Entries of a model config that say where a model is from; its precision is that of its tensors."""
@@ -30,9 +31,10 @@ CHUNK = 1 << 26
 def fingerprint(model: nn.Module, **settings: object) -> str:
     """32 hexadecimal digits of what decides a model's log-probs.
 
-    That is: class, config, attention implementation, library versions, every weight and persistent buffer with its
-    type, and of the adapters those that are active with their scaling. Adapters that are off, optimizer and run do
-    not enter: a base model under a switched-off adapter has the fingerprint of the base model alone.
+    That is: class, config, attention implementation, versions of this package and of the libraries, every weight and
+    persistent buffer with its type, and of the adapters those that are active with their scaling. Adapters that are
+    off, optimizer and run do not enter: a base model under a switched-off adapter has the fingerprint of the base
+    model alone.
 
     The weights are hashed one after another where they are; no copy of the model is made.
 
@@ -51,7 +53,7 @@ def fingerprint(model: nn.Module, **settings: object) -> str:
                 "class": type(inner).__qualname__,
                 "config": {key: value for key, value in inner.config.to_dict().items() if key not in IRRELEVANT},
                 "attention": inner.config._attn_implementation,
-                "versions": [torch.__version__, transformers.__version__],
+                "versions": [prefopt.__version__, torch.__version__, transformers.__version__],
                 "adapters": adapter_settings(model),
                 "settings": settings,
             }
@@ -66,6 +68,13 @@ def fingerprint(model: nn.Module, **settings: object) -> str:
         for block in blocks(tensor):
             digest.update(block)
     return digest.hexdigest()
+
+
+def probe(model: nn.Module) -> bytes:
+    """The first number of every tensor that `fingerprint` reads: cheap, and no longer the same once weights move."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for _, tensor in used_tensors(model))
+    first = (tensor.detach()[(0,) * tensor.ndim] for tensor in local if tensor.numel())
+    return b"".join(block.tobytes() for number in first for block in blocks(number))
 
 
 def used_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -122,9 +131,12 @@ def canonical(value: Any) -> bytes:
 
 
 def blocks(tensor: Tensor) -> Iterator[Any]:
-    """The bytes of a tensor, piece by piece on the host."""
+    """The bytes of a tensor, piece by piece on the host; each is valid until the next."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     flat = tensor.detach().reshape(-1).view(torch.uint8)
+    # A GPU writes to pinned memory several times faster than to memory that it cannot reach by itself.
+    pinned = torch.empty(min(CHUNK, flat.numel()), dtype=torch.uint8, pin_memory=True) if flat.is_cuda else None
     for start in range(0, flat.numel(), CHUNK):
-        yield flat[start : start + CHUNK].cpu().numpy()
+        piece = flat[start : start + CHUNK]
+        yield (piece.cpu() if pinned is None else pinned[: piece.numel()].copy_(piece)).numpy()

@@ -19,6 +19,7 @@ from prefopt.reference.policy import (
     StartingWeights,
     snapshot,
 )
+from prefopt.reference.remembered import Remembered
 
 __all__ = ["make_reference"]
 
@@ -31,6 +32,7 @@ def make_reference(
     *,
     precomputed: bool = False,
     updates: bool = False,
+    remember: bool = False,
     ld_alpha: float | None = None,
     model_adapter_name: str | None = None,
     ref_adapter_name: str | None = None,
@@ -57,6 +59,7 @@ def make_reference(
         ref_model: the user's reference.
         precomputed: the log-probs come with the rows; the model reference stands in where they do not.
         updates: the reference's weights will be updated (TR-DPO, BEMA).
+        remember: ask the model once for each pair and look its log-probs up afterwards (`Remembered`).
         ld_alpha: LD-DPO's weight, as for the policy.
         model_adapter_name: the adapter that is trained; it is made the active one.
         ref_adapter_name: a loaded adapter that is the reference.
@@ -67,6 +70,7 @@ def make_reference(
     """
     ref_model = None if ref_model is model else ref_model
     check_adapter_options(model, ref_model, model_adapter_name, ref_adapter_name)
+    assert not (updates and remember), "a reference that moves has no log-probs to remember"
     if updates and (precomputed or ref_adapter_name is not None):
         option = "precompute_ref_log_probs" if precomputed else "ref_adapter_name"
         raise ValueError(
@@ -76,10 +80,11 @@ def make_reference(
     if model_adapter_name is not None:
         model.set_adapter(model_adapter_name)  # type: ignore[operator]
     if ref_model is None:
-        reference = reference_from_policy(model, updates, ref_adapter_name, force_use_ref_model, ld_alpha)
+        scorer = reference_from_policy(model, updates, ref_adapter_name, force_use_ref_model, ld_alpha)
     else:
         warn_of_adapter(model)
-        reference = SeparateModel(ref_model, derives_from_policy=False, ld_alpha=ld_alpha)
+        scorer = SeparateModel(ref_model, derives_from_policy=False, ld_alpha=ld_alpha)
+    reference = Remembered(scorer) if remember else scorer
     return Precomputed(reference) if precomputed else reference
 
 

@@ -9,6 +9,8 @@ class               weights                                                what 
 `NamedAdapter`      the policy with another adapter active                 that adapter
 `Precomputed`       none: the log-probs come with the data                 nothing
 =================== ====================================================== ==========================
+
+Before any of the first four may stand `prefopt.reference.Remembered`, which asks it once for each pair.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prefopt.reference.adapters import adapter_off, adapter_switched, starting_parameters
-from prefopt.reference.fingerprints import fingerprint
+from prefopt.reference.fingerprints import fingerprint, probe
 from prefopt.reference.weights import copied, named_weights, swapped
 from prefopt.scoring.forward import evaluating, install, score
 from prefopt.scoring.sequences import sequence_stats
@@ -37,7 +40,10 @@ __all__ = [
     "SeparateModel",
     "StartingWeights",
     "snapshot",
+    "stats_of_sums",
 ]
+
+Kind = TypeVar("Kind")
 
 
 class ReferencePolicy(ABC):
@@ -45,10 +51,18 @@ class ReferencePolicy(ABC):
 
     derives_from_policy: bool = True
     """Whether it agrees with the policy before the first step; `check_identity` then holds it to that."""
+    source: ReferencePolicy | None = None
+    """The reference behind this one, which is asked where this one has no answer."""
 
     @abstractmethod
     def __call__(self, batch: PreferenceBatch) -> Mapping[Branch, SequenceStats]:
         """Branch -> statistics of its P completions; only ``sum_logps`` and ``num_tokens`` are filled."""
+
+    def find(self, kind: type[Kind]) -> Kind | None:
+        """This reference, or the first one behind it, that is a ``kind``."""
+        if isinstance(self, kind):
+            return self
+        return None if self.source is None else self.source.find(kind)
 
 
 class ModelReference(ReferencePolicy):
@@ -101,6 +115,11 @@ class ModelReference(ReferencePolicy):
         """`fingerprint` of the weights that are actually used; ``settings`` as there."""
         with self.active() as model:
             return fingerprint(model, **settings)
+
+    def probe(self) -> bytes:
+        """`probe` of the same weights."""
+        with self.active() as model:
+            return probe(model)
 
     def to(self, device: torch.device | str) -> None:
         """Move what the reference holds for itself; one that is part of the policy's model holds nothing to move."""
@@ -180,22 +199,27 @@ class Precomputed(ReferencePolicy):
     derives_from_policy = False
     """What comes with the data may be of any model: it is not held against the policy."""
 
-    def __init__(self, source: ModelReference | None = None) -> None:
+    def __init__(self, source: ReferencePolicy | None = None) -> None:
         self.source = source
 
     def __call__(self, batch: PreferenceBatch) -> Mapping[Branch, SequenceStats]:
         if batch.ref_sum_logps is not None:
-            num_tokens = batch.layout.num_tokens.float()
-            return {
-                branch: SequenceStats(sums.float(), num_tokens[batch.layout.sequence_slice(branch)])
-                for branch, sums in batch.ref_sum_logps.items()
-            }
+            return stats_of_sums({branch: sums.float() for branch, sums in batch.ref_sum_logps.items()}, batch)
         if self.source is None:
             raise ValueError(
                 f"Rows {list(batch.rows)} have no reference log-probs. Give every row `ref_chosen_logps` and "
                 "`ref_rejected_logps`, or leave both columns out and let the trainer compute them."
             )
         return self.source(batch)
+
+
+def stats_of_sums(sums: Mapping[Branch, Tensor], batch: PreferenceBatch) -> dict[Branch, SequenceStats]:
+    """Statistics with the [P] log-probs that are known of each branch, in nats."""
+    num_tokens = batch.layout.num_tokens.float()
+    return {
+        branch: SequenceStats(values, num_tokens[batch.layout.sequence_slice(branch)])
+        for branch, values in sums.items()
+    }
 
 
 def snapshot(model: nn.Module) -> nn.Module:

@@ -1,32 +1,30 @@
-"""From a prepared data set to one with reference log-probs, computing only what the cache does not know.
+"""What a row is remembered by, and a data set with reference log-probs of which only the missing ones are computed.
 
 The pass itself belongs to the trainer, which knows devices and ranks:
 
     keys = row_keys(dataset, ld_alpha=objective.ld_alpha)
-    todo = dataset.select(missing_rows(cache, keys))
-    key_of_row = dict(zip(dataset["row"], keys))
-    for batch in batches(todo):
-        record(cache, key_of_row, batch, reference(batch))
-    cache.flush()
+    for batch in batches_with_keys(dataset.select(missing_rows(cache, keys))):
+        remembered(batch)
+    remembered.settle()
     dataset = with_reference_logps(dataset, keys, cache)
 """
 
 from __future__ import annotations
 
-import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
-from prefopt.reference.cache import KEY_BYTES, ReferenceCache
-from prefopt.types import PAIR, Branch, PreferenceBatch, SequenceStats
+from prefopt.reference.cache import ReferenceCache
+from prefopt.types import PAIR, Branch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["missing_rows", "record", "row_key", "row_keys", "with_reference_logps"]
+__all__ = ["missing_rows", "row_key", "row_keys", "with_reference_logps"]
 
 REFERENCE_COLUMNS: dict[Branch, str] = {branch: f"ref_{branch}_logps" for branch in PAIR}
 
@@ -49,8 +47,7 @@ def row_key(row: Mapping[str, Any], *, ld_alpha: float | None = None) -> bytes:
     Raises:
         TypeError: a column holds something that has no canonical form.
     """
-    digest = blake2b(digest_size=KEY_BYTES)
-    digest.update(f"1;{ld_alpha!r}".encode())
+    digest = xxhash.xxh3_128(f"2;{ld_alpha!r}".encode())
     for column in sorted(row.keys() - NOT_CONTENT):
         digest.update(f";{len(column)}:{column}=".encode())
         try:
@@ -58,13 +55,18 @@ def row_key(row: Mapping[str, Any], *, ld_alpha: float | None = None) -> bytes:
         except TypeError as error:
             raise TypeError(
                 f"Column {column!r} of row {row.get('row', '?')} holds {error}, of which no key can be made for the "
-                "cache of reference log-probs. Remove the column, or set `precompute_ref_log_probs=False`."
+                "cache of reference log-probs. Remove the column."
             ) from None
     return digest.digest()
 
 
 def canonical(value: Any) -> bytes:
     """Bytes that equal values share, whether they are lists or arrays; each with its length in front."""
+    if isinstance(value, list):  # token ids and masks: of these an array is made in half the time that numpy needs
+        try:
+            return framed(f"int({len(value)},)", array("q", value).tobytes())
+        except (TypeError, OverflowError):
+            pass  # no list of whole numbers
     if value is None or isinstance(value, str):
         return framed("text", repr(value).encode())
     if isinstance(value, bytes):
@@ -72,14 +74,14 @@ def canonical(value: Any) -> bytes:
     if isinstance(value, Mapping):
         return framed("map", b"".join(canonical(key) + canonical(value[key]) for key in sorted(value)))
     try:
-        array = np.asarray(value)
+        numbers = np.asarray(value)
     except ValueError:  # lists of different lengths
         return framed("list", b"".join(canonical(item) for item in value))
-    if array.size == 0 or array.dtype.kind in "biu":
-        return framed(f"int{array.shape}", array.astype("<i8").tobytes())
-    if array.dtype.kind == "f":
-        return framed(f"float{array.shape}", array.astype("<f8").tobytes())
-    if array.ndim == 0:
+    if numbers.size == 0 or numbers.dtype.kind in "biu":
+        return framed(f"int{numbers.shape}", numbers.astype("<i8").tobytes())
+    if numbers.dtype.kind == "f":
+        return framed(f"float{numbers.shape}", numbers.astype("<f8").tobytes())
+    if numbers.ndim == 0:
         raise TypeError(type(value).__name__)
     return framed("list", b"".join(canonical(item) for item in value))
 
@@ -92,35 +94,6 @@ def missing_rows(cache: ReferenceCache, keys: Sequence[bytes]) -> list[int]:
     """Indices of the rows to compute: those the cache does not know, equal rows once."""
     first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in cache}
     return sorted(first.values())
-
-
-def record(
-    cache: ReferenceCache,
-    key_of_row: Mapping[int, bytes],
-    batch: PreferenceBatch,
-    stats: Mapping[Branch, SequenceStats],
-) -> None:
-    """Put a batch's log-probs into the cache; dummies (weight 0) are left out.
-
-    Args:
-        cache: where to.
-        key_of_row: row number -> key.
-        batch: the batch that was scored.
-        stats: branch -> what the reference gave.
-
-    Raises:
-        ValueError: a log-prob is not finite; names the row.
-    """
-    sums = zip(*(stats[branch].sum_logps.tolist() for branch in PAIR), strict=True)
-    for row, weight, values in zip(batch.rows, batch.pair_weights.tolist(), sums, strict=True):
-        if weight == 0:
-            continue
-        if not all(map(math.isfinite, values)):
-            raise ValueError(
-                f"The reference gives row {row} the log-probs {values} (chosen, rejected), against which nothing can "
-                "be trained. Look for NaN in its weights, or compute in bfloat16 or float32 instead of float16."
-            )
-        cache.put({key_of_row[row]: values})
 
 
 def with_reference_logps(dataset: Dataset, keys: Sequence[bytes], cache: ReferenceCache) -> Dataset:

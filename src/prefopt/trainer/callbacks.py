@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from prefopt.reference import BEMASchedule, BEMAState, ModelReference, named_weights, soft_update, swapped
 
-__all__ = ["BEMACallback", "SyncReferenceCallback"]
+__all__ = ["BEMACallback", "SyncReferenceCallback", "updates_reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +171,12 @@ class BEMACallback(TrainerCallback):
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Let the training that begins next continue from `state_dict`."""
         self.resumed = saved
+
+
+def updates_reference(args: Any, callbacks: list[TrainerCallback] | None) -> bool:
+    """Whether the reference moves during training: TR-DPO, or BEMA for the reference."""
+    by_callback = any(isinstance(c, BEMACallback) and c.update_ref_model for c in callbacks or ())
+    return by_callback or getattr(args, "sync_ref_model", False)
 
 
 def weights_of(model: nn.Module) -> Mapping[str, Tensor]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 
 from prefopt.reference import (
-    Precomputed,
     ReferenceCache,
+    Remembered,
     missing_rows,
-    record,
     row_keys,
     with_reference_logps,
 )
-from prefopt.trainer.loader import Collate, Geometry, make_loader
+from prefopt.trainer.geometry import Geometry
+from prefopt.trainer.loader import Collate, make_loader
+from prefopt.trainer.remembering import exchange, with_keys
 
 __all__ = ["with_precomputed_logps"]
 
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def with_precomputed_logps(
     dataset: Any,
-    reference: Precomputed,
+    remembered: Remembered,
     collate: Collate,
     geometry: Geometry,
     accelerator: Any,
@@ -34,27 +36,39 @@ def with_precomputed_logps(
 
     Args:
         dataset: prepared rows; a set that has the columns is returned as it is.
-        reference: with a source that can score.
+        remembered: the reference.
         collate: rows -> batch.
         geometry: of the pass; ranks share the work and exchange what they computed.
         accelerator: for devices, precision and ranks.
         options: of the loader.
+
+    Raises:
+        ValueError: a log-prob is not finite; names the row.
     """
-    source = reference.source
-    if source is None or "ref_chosen_logps" in dataset.column_names:
+    if "ref_chosen_logps" in dataset.column_names:
         return dataset
-    cache = ReferenceCache(None, source.fingerprint(precision=accelerator.mixed_precision))
-    keys = row_keys(dataset, ld_alpha=source.ld_alpha)
+    cache, ld_alpha = remembered.opened(), remembered.source.ld_alpha
+    keys = row_keys(dataset, ld_alpha=ld_alpha)
+    agree(cache, keys)
     todo = missing_rows(cache, keys)
     logger.info("Reference log-probs: %d of %d rows are to be computed.", len(todo), len(keys))
     if todo:
-        key_of_row = dict(zip(dataset["row"], keys, strict=True))
-        for step in make_loader(dataset.select(todo), collate, geometry, **options):
+        for step in make_loader(dataset.select(todo), with_keys(collate, ld_alpha=ld_alpha), geometry, **options):
             for batch in step.to(accelerator.device).micro_batches:
                 with accelerator.autocast():
-                    record(cache, key_of_row, batch, source(batch))
-        for entries in gather_object([dict(cache.pending)]):
-            cache.put(entries)
-        if accelerator.is_main_process:
-            cache.flush()
+                    remembered(batch)
+        if complaint := exchange(remembered, writes=accelerator.is_local_main_process):
+            raise ValueError(complaint)
     return with_reference_logps(dataset, keys, cache)
+
+
+def agree(cache: ReferenceCache, keys: Sequence[bytes]) -> None:
+    """Every rank knows of these rows what the main process does, so that all have the same rest to compute.
+
+    On nodes with disks of their own the caches may differ, and ranks with different rests would wait for each other.
+    """
+    known = [{key: cache.values[key] for key in keys if key in cache}]
+    broadcast_object_list(known)
+    for key in keys:
+        cache.values.pop(key, None)
+    cache.values.update(known[0])

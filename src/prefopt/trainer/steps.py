@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from prefopt.normalise import local_counts, total
 from prefopt.objective import Objective
-from prefopt.reference import ModelReference, Precomputed, ReferencePolicy, check_identity
+from prefopt.reference import ModelReference, ReferencePolicy, check_identity
 from prefopt.step import StepResult, preference_step
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.model_card import write_model_card
@@ -62,8 +62,7 @@ class StepTrainer(Trainer):
     @property
     def model_reference(self) -> ModelReference | None:
         """The part of the reference that a model computes."""
-        source = self.reference.source if isinstance(self.reference, Precomputed) else self.reference
-        return source if isinstance(source, ModelReference) else None
+        return None if self.reference is None else self.reference.find(ModelReference)
 
     def start_window(self) -> None:
         """Set up what the steps keep; called once, after the constructor of transformers' trainer."""

@@ -1,0 +1,138 @@
+"""What the reference gave a pair is remembered: between epochs, evaluations, ranks and runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from prefopt.reference import Remembered, cache_folder, row_keys
+from prefopt.reference.policy import SeparateModel
+from prefopt.trainer.callbacks import updates_reference
+from prefopt.trainer.evaluation import EvaluatingTrainer
+from prefopt.trainer.loader import Collate, Row
+from prefopt.types import PreferenceBatch
+
+__all__ = ["KeepReference", "RememberingTrainer", "exchange", "with_keys"]
+
+logger = logging.getLogger(__name__)
+
+
+class RememberingTrainer(EvaluatingTrainer):
+    """Decides whether the reference remembers, and when what it has scored is shared and written."""
+
+    collate_given: Callable[[list[Any]], Any] | None
+    """The data collator that the user gave."""
+
+    @property
+    def remembered(self) -> Remembered | None:
+        """The part of the reference that can remember; None where the reference moves."""
+        return None if self.reference is None else self.reference.find(Remembered)
+
+    @property
+    def looked_up(self) -> Remembered | None:
+        """The same, where a rank may look up what a row was given before.
+
+        Not where weights are sharded: a rank that looks up would leave the others alone in the collectives of their
+        forward. Not where a collator of the user's may make anything of a row, where an evaluation turns the weights to
+        half precision and the reference's are among them, and where the user wants no cache.
+        """
+        args, remembered = self.args, self.remembered
+        if remembered is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or self.collate_given is not None:
+            return None
+        half = (args.fp16_full_eval or args.bf16_full_eval) and not isinstance(remembered.source, SeparateModel)
+        moves = updates_reference(args, self.callback_handler.callbacks)
+        return None if half or moves or cache_folder() is None else remembered
+
+    def with_keys(self, collate: Collate) -> Collate:
+        """``collate`` with the keys of rows, where they are looked up."""
+        return with_keys(collate, ld_alpha=self.looked_up.source.ld_alpha) if self.looked_up else collate
+
+    def begin_reference(self) -> None:
+        """A run begins: what is remembered holds for the weights and the precision of now."""
+        if self.remembered is not None:
+            self.remembered.begin(
+                autocast=self.accelerator.mixed_precision, matmul=torch.get_float32_matmul_precision()
+            )
+
+    def keep_reference(self) -> None:
+        """What the reference has scored since the last time reaches the other ranks and the disk; collective.
+
+        Raises:
+            ValueError: a log-prob is not finite, unless ``on_nonfinite`` is to skip.
+        """
+        if self.looked_up is None:
+            return
+        complaint = exchange(self.looked_up, writes=self.args.local_process_index == 0)
+        if complaint and self.args.on_nonfinite == "stop":
+            raise ValueError(complaint)
+        if complaint:
+            logger.warning(complaint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.keep_reference()
+        if self.looked_up is not None and self.args.should_save:
+            self.looked_up.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.looked_up is not None and checkpoint is not None:
+            self.looked_up.load(checkpoint)
+
+
+class KeepReference(TrainerCallback):
+    """Calls ``keep`` at the points that all ranks of a run reach; checkpoints are the others."""
+
+    def __init__(self, keep: Callable[[], None]) -> None:
+        self.keep = keep
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.keep()
+
+    on_evaluate = on_predict = on_train_end = on_epoch_end
+
+
+def with_keys(collate: Collate, *, ld_alpha: float | None) -> Collate:
+    """``collate`` with the key of each pair in the batch, unless their log-probs come with the rows."""
+    has_keys = True
+
+    def keyed(rows: Sequence[Row], weight: float) -> PreferenceBatch:
+        nonlocal has_keys
+        batch = collate(rows, weight)
+        if batch.ref_sum_logps is not None or not has_keys:
+            return batch
+        try:
+            return replace(batch, keys=tuple(row_keys(rows, ld_alpha=ld_alpha)))
+        except TypeError as error:
+            logger.warning("The reference is computed anew in every epoch. %s", error)
+            has_keys = False
+            return batch
+
+    return keyed
+
+
+def exchange(remembered: Remembered, *, writes: bool) -> str | None:
+    """All ranks take in what each has scored since the last time; collective.
+
+    Of two values of a pair all take the one of the first rank.
+
+    Args:
+        remembered: of this rank.
+        writes: whether this rank writes it to the disk: one of each node, as nodes may not share theirs.
+
+    Returns:
+        About a log-prob that is not finite on some rank; None where there is none.
+    """
+    shares = gather_object([remembered.take()])
+    entries = {key: values for pending, _ in reversed(shares) for key, values in pending.items()}
+    if entries:
+        cache = remembered.opened()
+        cache.put(entries)
+        cache.flush() if writes else cache.take()
+    return next((complaint for _, complaint in shares if complaint), None)
