@@ -96,6 +96,7 @@ def run(
     return {
         "seconds": counted,
         "pairs": kind.pairs_per_step,
+        "cpu_seconds": clock.cpu_seconds[-steps:],
         "pairs_per_second": len(counted) * kind.pairs_per_step / sum(counted),
         "peak_bytes": max(clock.peaks[-steps:]),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -125,15 +126,17 @@ class Clock:
         class Timer(base):  # type: ignore[misc, valid-type]
             def __init__(self) -> None:
                 self.seconds: list[float] = []
+                self.cpu_seconds: list[float] = []
                 self.peaks: list[int] = []
 
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
                 self.held = reset_peak(device)
-                self.start = time.perf_counter()
+                self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 peak = peak_memory(device)
                 self.seconds.append(time.perf_counter() - self.start)
+                self.cpu_seconds.append(time.process_time() - self.cpu_start)
                 self.peaks.append(peak - self.held)
 
         return Timer()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from prefopt.data import PrepareOptions, prepare_dataset
@@ -14,6 +14,10 @@ from prefopt.data import PrepareOptions, prepare_dataset
 PAIR_OPTIONS = PrepareOptions(("chosen", "rejected"), None, "keep_start")
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "a"), ("Ġ", "the"), ("Ġa", "n"), ("o", "n"), ("b", "l")]
+
+MARK = "\u2581"
+MARKING = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
+MARKED_MERGES = [("t", "h"), (MARK, "th"), (MARK + "th", "e"), ("o", "n"), (MARK, MARK), ("!", "!"), ("i", "n")]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -66,6 +70,23 @@ def byte_tokenizer(
         extra_special_tokens=SPECIAL[2:],
         chat_template=template,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def marked_tokenizer(*, normal: Any = MARKING, split: Any = None, merges: Any = MARKED_MERGES) -> Any:
+    """BPE that writes a space as a mark; characters beyond ASCII become bytes."""
+    letters = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), MARK, *map(chr, range(33, 127))]
+    words = [*letters, *("".join(pair) for pair in merges)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    model = models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = Tokenizer(model)
+    if normal is not None:
+        backend.normalizer = normal
+    if split is not None:
+        backend.pre_tokenizer = split
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL[2:]
     )
 
 

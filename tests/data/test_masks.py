@@ -20,6 +20,7 @@ from data_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefopt.data.encoding import TextEncoder
 from prefopt.data.render import tokenize_examples
 from prefopt.data.report import Status
 from prefopt.types import PreferenceExample
@@ -58,7 +59,7 @@ PROMPT = st.builds(
 def test_masks_cover_exactly_what_the_assistant_says(template: str, prompt: Any, chosen: Any, rejected: Any) -> None:
     tokenizer = byte_tokenizer(bos=template == LLAMA, template=template)
     example = PreferenceExample(0, prompt, {"chosen": chosen, "rejected": rejected})
-    [(tokens, status)] = tokenize_examples([example], tokenizer)
+    [(tokens, status)] = tokenize_examples([example], tokenizer, TextEncoder(tokenizer))
     assert not status & Status.REWRITTEN
     for branch, completion in example.completions.items():
         pairs = zip(tokens.completion_ids[branch], tokens.loss_masks[branch], strict=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data_helpers import CHATML, LLAMA, MERGES, TOOLS, assistant, byte_tokenizer, prepared, user
+from data_helpers import CHATML, LLAMA, TOOLS, assistant, byte_tokenizer, prepared, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers
 
 from prefopt.data.encoding import TextEncoder
 from prefopt.data.render import tokenize_examples
@@ -21,7 +20,7 @@ TEXT = st.text(st.sampled_from("abinotl THE.\n'1é漢\u0301"), max_size=20)
 def tokenized(row: dict[str, Any], tokenizer: Any) -> TokenizedExample:
     example = parse_row(row, 0, PAIR)
     assert isinstance(example, PreferenceExample)
-    return tokenize_examples([example], tokenizer)[0][0]
+    return tokenize_examples([example], tokenizer, TextEncoder(getattr(tokenizer, "tokenizer", tokenizer)))[0][0]
 
 
 def texts(example: TokenizedExample, tokenizer: Any) -> tuple[str, str, str]:
@@ -169,6 +168,33 @@ def test_template_errors_name_the_row() -> None:
         prepared(rows, byte_tokenizer(template=None))
 
 
+def test_rows_are_rendered_together_and_alone_alike() -> None:
+    """Rows for which the template is given more than messages stand between others, and one continues its prompt."""
+    template = CHATML + "{% if note %}({{ note }}){% endif %}"
+    plain = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    continued = {**plain, "prompt": [user("a"), assistant("I ")]}
+    examples = [parse_row(row, 0, PAIR) for row in (plain, {**plain, "chat_template_kwargs": {"note": "x"}}, continued)]
+    examples += [parse_row({**plain, "prompt": [], "chosen": [user("d"), assistant("e")]}, 0, PAIR), examples[0]]
+    tokenizer = byte_tokenizer(template=template)
+    encode = TextEncoder(tokenizer)
+    together = tokenize_examples(examples, tokenizer, encode)  # type: ignore[arg-type]
+    assert together == [tokenize_examples([example], tokenizer, encode)[0] for example in examples]  # type: ignore
+    assert texts(together[1][0], tokenizer)[1] == "b<|im_end|>\n(x)"
+
+
+def test_a_tokenizer_with_its_own_way_of_rendering_is_asked_for_each() -> None:
+    tokenizer: Any = byte_tokenizer()
+
+    class Own(type(tokenizer)):
+        def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+            assert isinstance(conversation[0], dict), "this one takes no several conversations"
+            return super().apply_chat_template(conversation, **options)
+
+    tokenizer.__class__ = Own
+    row = {"prompt": [user("Hi")], "chosen": [assistant("you")], "rejected": [assistant("me")]}
+    assert len(prepared([row, row], tokenizer)) == 2
+
+
 def test_a_processor_gives_the_template_parts() -> None:
     class Processor:
         tokenizer = byte_tokenizer(template=None)
@@ -189,32 +215,3 @@ def test_prompt_and_completion_come_back(prompt: str, chosen: str, rejected: str
         assert [*example.prompt_ids, *example.completion_ids[branch]] == whole
         assert tokenizer.decode(whole) == ("<s>" if bos else "") + prompt + completion + "</s>"
     assert list(example.prompt_ids) == tokenizer(prompt)["input_ids"][: len(example.prompt_ids)]
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(TEXT, min_size=1, max_size=6).map(" in ".join), TEXT, TEXT, st.booleans())
-def test_a_shared_prompt_is_tokenised_once_with_the_same_ids(prompt: str, one: str, two: str, special: bool) -> None:
-    tokenizer = byte_tokenizer(bos=True, auto_eos=True, merges=[*MERGES, ("a", "b"), ("Ċ", "Ċ"), ("Ġ", "Ġ")])
-    encoder = TextEncoder(tokenizer)
-    assert encoder.can_cut
-    texts = [prompt, prompt + one, prompt + two]
-    [(ids, others)] = encoder.families([(prompt, texts[1:])], add_special_tokens=special)
-    assert [ids, *others] == tokenizer(texts, add_special_tokens=special)["input_ids"]
-
-
-def test_real_tokenizers_that_may_be_cut(qwen2: Any, stories: Any) -> None:
-    assert TextEncoder(qwen2).can_cut
-    assert not TextEncoder(stories).can_cut
-
-
-def test_tokenizers_whose_texts_must_stay_whole() -> None:
-    tokenizer = byte_tokenizer()
-    assert TextEncoder(tokenizer).can_cut
-    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
-    assert not TextEncoder(tokenizer).can_cut, "it writes a mark before every text"
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert not TextEncoder(tokenizer).can_cut, "its tokens may hold several words"
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["the end"])
-    assert not TextEncoder(tokenizer).can_cut, "a cut could fall into this token"

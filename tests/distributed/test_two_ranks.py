@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,35 +10,17 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 from two_ranks import CASES, EVALUATED
+from worlds import results_of
 
 WEIGHTS_TOLERANCE = 1e-6
 """Relative norm in float32 after at most five steps of SGD."""
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-LIMIT_SECONDS = 400
-"""A rank that waits for one that does not come would wait for ever."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """World size -> case -> result; both worlds run at the same time."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    worlds = {"1": [], "2": launcher}
-    running = {
-        world: subprocess.Popen(
-            [sys.executable, *prefix, str(SCRIPT), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for world, prefix in worlds.items()
-    }
-    for world, process in running.items():
-        output, _ = process.communicate(timeout=LIMIT_SECONDS)
-        assert process.returncode == 0, f"world {world}:\n{output[-4000:]}"
-    return {world: json.loads((folder / f"results-{world}.json").read_text()) for world in worlds}
+    return results_of(SCRIPT, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.distributed

@@ -74,6 +74,7 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options = {"per_device_train_batch_size": GLOBAL_BATCH // world, **SGD, **options}
     run = trainer(folder, method, **options)
+    assert run.layout.layout == options.get("layout", "shared_prompt")
     run.train()
     decided = {"checkpointing": run.args.gradient_checkpointing}
     if world > 1:

@@ -83,6 +83,26 @@ def test_precomputed_log_probs_are_never_stale(tmp_path: Path) -> None:
     assert rewards("trl", 0.0) != pytest.approx(right, rel=10 * RELATIVE)
 
 
+def test_the_reference_is_asked_once_for_each_pair(reference_cache: Path) -> None:
+    """Two epochs, an evaluation of the same rows, and a second run with another beta. TRL computes it every time."""
+
+    def asked(library: str, beta: float) -> tuple[int, float]:
+        reference, calls = tiny_model(**REFERENCE), []
+        rows = Dataset.from_dict(standard_rows(8))
+        config = {"max_steps": -1, "num_train_epochs": 2, "beta": beta}
+        trainer = build(library, "dpo", config, ref_model=reference, train_dataset=rows, eval_dataset=rows)
+        reference.register_forward_hook(lambda *_: calls.append(1))
+        trainer.train()
+        margin = trainer.evaluate()["eval_rewards/margins"]
+        return len(calls), margin
+
+    for beta, of_trl, of_prefopt in ((0.1, 5, 2), (0.3, 5, 0)):
+        (theirs, margin), (ours, our_margin) = asked("trl", beta), asked("prefopt", beta)
+        assert (theirs, ours) == (of_trl, of_prefopt)
+        assert our_margin == pytest.approx(margin, rel=10 * RELATIVE)
+        assert abs(margin) > 1e-3
+
+
 def test_precompute_takes_streams(policy_path: str) -> None:
     """Computed when a batch is first seen; the same numbers as without precompute. TRL refuses."""
     config = {"precompute_ref_log_probs": True}

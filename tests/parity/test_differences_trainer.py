@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from parity_harness import POLICY, REFERENCE, build, classes, run
+from parity_harness import COMMON, POLICY, REFERENCE, assert_same_run, build, classes, run
 from tiny_models import standard_rows, tiny_model, word_tokenizer
 
 pytestmark = pytest.mark.trl
@@ -69,6 +69,30 @@ def test_batches_grouped_by_length(method: str) -> None:
     with pytest.raises(ValueError, match="infer lengths"):
         run("trl", method, config, **({"ref_model": tiny_model(**REFERENCE)} if method == "dpo" else {}))
     assert len(run("prefopt", method, config)) == 3
+
+
+@pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
+def test_micro_batches_by_a_budget_of_tokens(method: str) -> None:
+    """A step of four pairs, in one micro-batch or cut by tokens, is the same step. TRL has no such option."""
+    with pytest.raises(TypeError, match="tokens_per_batch"):
+        build("trl", method, {"tokens_per_batch": 60})
+    cut = build("prefopt", method, {"tokens_per_batch": 60})
+    assert all(len(step.micro_batches) > 1 for step in cut.get_train_dataloader())
+    assert_same_run(run("prefopt", method, {"tokens_per_batch": 60}), run("prefopt", method, {}))
+
+
+@pytest.mark.parametrize("method", ["cpo", "tpo"])
+def test_activations_are_kept_where_there_is_room(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL recomputes them, whatever the memory, unless it is told not to; the numbers are the same."""
+    monkeypatch.delitem(COMMON, "gradient_checkpointing")
+    ours, theirs = (build(library, method, {}) for library in ("prefopt", "trl"))
+    for trainer, recomputes in ((ours, False), (theirs, True)):
+        trainer.train()
+        layers = [module for module in trainer.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        assert bool(layers) is recomputes
+    for our_row, their_row in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        for name in {"loss", "grad_norm", "rewards/margins"} & set(their_row):
+            assert our_row[name] == pytest.approx(their_row[name], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["cpo", "tpo"])

@@ -6,13 +6,12 @@ import random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from families import LAYOUTS, checkpointed, tiny
 
 from prefopt.batching import pack_batch, pad_batch, share_batch
 from prefopt.scoring.attention import segment_attention
-from prefopt.scoring.forward import install, score
+from prefopt.scoring.forward import score
 from prefopt.scoring.plain import plain_scores
-from prefopt.trainer.setup import disable_dropout
 from prefopt.types import TRIPLE, TokenizedExample
 
 LOGP_TOLERANCE = 1e-5
@@ -21,42 +20,20 @@ GRADIENT_TOLERANCE = 1e-5
 """Relative norm, float32; the measured differences are about 1e-6."""
 
 STATISTICS = frozenset({"entropy", "mean_logit", "is_top1", "log_sum_sq_prob"})
-LAYOUTS = {"padded": pad_batch, "packed": pack_batch, "shared_prompt": share_batch}
-BASE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, dict] = {
-    "llama": {},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 8},
-    "mistral": {"sliding_window": 5},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
-    "gemma3_text": {"sliding_window": 5},
-    "granite": {"logits_scaling": 3.0},
-    "cohere2": {"sliding_window": 5, "logit_scale": 0.5},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    "stablelm": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-}
-
-
-def tiny(family: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**BASE, **FAMILIES[family]}))
-    install(model)
-    disable_dropout(model)  # some families have it by default, and checkpointing needs training mode
-    return model.float().eval()
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "mistral",
+    "gpt_oss",
+    "gemma3_text",
+    "granite",
+    "cohere2",
+    "gpt2",
+    "stablelm",
+    "qwen3_moe",
+)
+"""With odd groups and every statistic; `test_families` has all families, with losses."""
 
 
 def examples(seed: int, count: int = 4) -> list[TokenizedExample]:
@@ -96,9 +73,7 @@ def test_layouts_agree(family: str, checkpointing: bool) -> None:
     seed = random.randrange(10**6)
     expected = plain_scores(model, pad_batch(examples(seed), TRIPLE), STATISTICS).tokens
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.train()
+        checkpointed(model, use_reentrant=False)
     gradients = {}
     for layout in LAYOUTS:
         logps, statistics, gradients[layout] = scored(model, layout, seed)

@@ -16,6 +16,8 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
     "cpo": (CPOTrainer, CPOConfig),
     "tpo": (TPOTrainer, TPOConfig),
 }
+UNSET = object()
+"""Leaves an option of `trainer` to the config's own default."""
 TIMED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 
 
@@ -35,9 +37,9 @@ def trainer(
         "save_strategy": "no",
         **options,
     }
-    arguments = {
-        name: options.pop(name) for name in ("eval_dataset", "compute_metrics", "callbacks") if name in options
-    }
+    options = {name: value for name, value in options.items() if value is not UNSET}
+    of_trainer = ("eval_dataset", "compute_metrics", "callbacks", "data_collator")
+    arguments = {name: options.pop(name) for name in of_trainer if name in options}
     model = options.pop("model", None) or tiny_model(seed=1)
     if peft_config is not None:
         arguments["peft_config"] = peft_config

@@ -55,7 +55,7 @@ def test_parameters_stand_in_trls_order(config):
 def test_what_one_trainer_has_the_others_have(config):
     shared = {"truncation_mode", "padding_free", "pad_to_multiple_of", "activation_offloading", "router_aux_loss_coef"}
     shared |= {"loss_weights", "use_weighting", "ld_alpha", "layout", "on_bad_row", "on_nonfinite"}
-    shared |= {"full_logits_for_metrics"}
+    shared |= {"full_logits_for_metrics", "tokens_per_batch"}
     assert shared <= {spec.name for spec in dataclasses.fields(config)}
 
 
@@ -103,6 +103,7 @@ BROKEN: list[tuple[type[PreferenceConfig], str, Any]] = [
     (TPOConfig, "pad_to_multiple_of", 0),
     (DPOConfig, "pad_to_multiple_of", "eight"),
     (DPOConfig, "precompute_ref_batch_size", 0),
+    (TPOConfig, "tokens_per_batch", 0),
     (DPOConfig, "ref_model_mixup_alpha", 1.1),
     (DPOConfig, "ref_model_sync_steps", 0),
     (DPOConfig, "model_adapter_name", ""),

@@ -91,7 +91,9 @@ def test_a_run_with_the_same_options_has_the_same_weights(tmp_path: Path, refere
 
 
 @pytest.mark.parametrize(
-    "change", [{"ld_alpha": 0.5}, {"max_length": 9}, {"model": lambda: tiny_model(seed=2)}], ids=str
+    "change",
+    [{"ld_alpha": 0.5}, {"max_length": 9}, {"model": lambda: tiny_model(seed=2)}],
+    ids=["ld_alpha", "max_length", "model"],
 )
 def test_what_changes_the_log_probs_is_computed(
     change: dict, tmp_path: Path, asked: list, reference_cache: Path

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from prefopt.data.columns import prepared_columns, prepared_row, table
+from prefopt.data.encoding import TextEncoder
 from prefopt.data.messages import is_blank
 from prefopt.data.render import tokenize_examples
 from prefopt.data.report import PrepareReport, Status, skip_reason
 from prefopt.data.schema import known_columns, parse_row
+from prefopt.data.template import tokenizer_of
 from prefopt.data.truncate import TruncationMode, truncate, without_context_unscored
-from prefopt.types import COLUMN_OF_BRANCH, Branch, PreferenceExample, TokenizedExample
+from prefopt.types import Branch, PreferenceExample, TokenizedExample
 
-__all__ = ["RowEncoder", "prepared_columns"]
+__all__ = ["RowEncoder", "refusal"]
 
 
 @dataclass(frozen=True)
 class RowEncoder:
     """Called with the columns of a batch and its row numbers, returns the columns of the prepared rows.
 
-    Without a ``report`` every row gives one row, and a column ``status`` says which have nothing to learn from. With
-    one (streams), those are left out and counted there, or refused with ``on_bad_row="error"``.
+    Without a ``report`` every row gives one row of an Arrow table, and a column ``status`` says which have nothing to
+    learn from. With one (streams), those are left out and counted there, or refused with ``on_bad_row="error"``.
     """
 
     processing_class: Any
@@ -32,7 +37,7 @@ class RowEncoder:
     on_bad_row: str = "skip"
     report: PrepareReport | None = None
 
-    def __call__(self, columns: Mapping[str, Sequence[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
+    def __call__(self, columns: Mapping[str, Sequence[Any]], row_numbers: Sequence[int]) -> Any:
         known = [name for name in columns if name in known_columns(self.branches)]
         values = {name: columns[name] for name in known}
         rows = [{name: values[name][i] for name in known} for i in range(len(row_numbers))]
@@ -42,15 +47,24 @@ class RowEncoder:
             raise ValueError(f"{self.name} data, {error}") from error.__cause__
         if self.report is not None:
             encoded = [item for item in encoded if self._is_kept(*item)]
-        with_reference = "ref_chosen_logps" in known
-        with_status = self.report is None
-        names = prepared_columns(self.branches, with_reference, self._cuts_prompts, with_status)
-        prepared = [_prepared_row(example, status, self.branches) for example, status in encoded]
-        return {name: [row[name] for row in prepared] for name in names}
+        prepared = [prepared_row(example, status) for example, status in encoded]
+        kinds = self.columns(known)
+        if self.report is None:
+            return table(prepared, kinds)
+        return {name: [plain(row[name]) for row in prepared] for name in kinds}
 
-    @property
-    def _cuts_prompts(self) -> bool:
-        return self.max_length is not None and self.truncation_mode == "keep_end"
+    def columns(self, given: Collection[str]) -> dict[str, str]:
+        """The columns of the prepared rows, from rows with the columns ``given``, and what each holds."""
+        return prepared_columns(
+            self.branches,
+            with_reference="ref_chosen_logps" in given,
+            with_starts=self.max_length is not None and self.truncation_mode == "keep_end",
+            with_status=self.report is None,
+        )
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return TextEncoder(tokenizer_of(self.processing_class))
 
     def _encode(
         self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int]
@@ -59,7 +73,7 @@ class RowEncoder:
         status = [_status_of_text(item) if isinstance(item, PreferenceExample) else Status(0) for item in parsed]
         pairs = zip(parsed, status, strict=True)
         texts = [item for item, flags in pairs if isinstance(item, PreferenceExample) and not flags]
-        tokenized = iter(tokenize_examples(texts, self.processing_class))
+        tokenized = iter(tokenize_examples(texts, self.processing_class, self._text_encoder))
         encoded: list[tuple[TokenizedExample, Status]] = []
         for item, flags in zip(parsed, status, strict=True):
             if flags:
@@ -92,33 +106,13 @@ class RowEncoder:
         return reason is None
 
 
+def plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, array) else value
+
+
 def refusal(name: str, row: int, reason: str) -> str:
     """The message of ``on_bad_row="error"``."""
     return f"{name} data, row {row}: {reason}. Remove the row, or leave such rows out with on_bad_row='skip'."
-
-
-def prepared_columns(
-    branches: Sequence[Branch], with_reference: bool, with_starts: bool, with_status: bool
-) -> dict[str, str]:
-    """The columns of a prepared set -> ``ids``, ``mask``, ``int`` or ``float``."""
-    kinds = {"row": "int", "prompt_ids": "ids"}
-    for column in (COLUMN_OF_BRANCH[branch] for branch in branches):
-        kinds |= {f"{column}_ids": "ids", f"{column}_mask": "mask"}
-        kinds |= {f"{column}_prompt_start": "int"} if with_starts else {}
-    kinds |= {"ref_chosen_logps": "float", "ref_rejected_logps": "float"} if with_reference else {}
-    return kinds | ({"status": "int"} if with_status else {})
-
-
-def _prepared_row(example: TokenizedExample, status: Status, branches: Sequence[Branch]) -> dict[str, Any]:
-    row: dict[str, Any] = {"row": example.row, "prompt_ids": example.prompt_ids, "status": int(status)}
-    for branch in branches:
-        column = COLUMN_OF_BRANCH[branch]
-        row[f"{column}_ids"] = example.completion_ids[branch]
-        row[f"{column}_mask"] = example.loss_masks[branch]
-        row[f"{column}_prompt_start"] = example.prompt_starts.get(branch, 0)
-    for branch, value in (example.ref_sum_logps or {}).items():
-        row[f"ref_{branch}_logps"] = value
-    return row
 
 
 def _nothing(example: PreferenceExample | TokenizedExample, branches: Sequence[Branch]) -> TokenizedExample:

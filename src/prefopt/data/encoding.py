@@ -1,104 +1,68 @@
-"""Texts as token ids, the prompt that several texts begin with tokenised once.
-
-Byte-level BPE first splits a text into words with a regular expression, and tokens never cross these splits. Between
-a letter and a space that a letter follows there is always one, whatever stands before or after; so a text may be cut
-there, tokenised in pieces, and the ids joined. Tokenizers for which this is not sure get whole texts.
-"""
+"""Texts as token ids, the prompt that several texts begin with tokenised once."""
 
 from __future__ import annotations
 
-import json
-import re
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+from prefopt.data.pieces import Ids, last_cut, whole_ids
+from prefopt.data.words import Before, WordTokenizer, word_tokenizer
 
 __all__ = ["TextEncoder"]
 
-_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
-_PROBE = "one two three"
-_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Sequence"}
-_PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Sequence"}
+Family = tuple[str, Sequence[str]]
+"""A prompt, and the texts that go on from it."""
 
 
-@dataclass(frozen=True)
 class TextEncoder:
-    """Tokenises with ``tokenizer``, many texts in one call."""
+    """Tokenises with ``tokenizer``, which must stay as it is meanwhile: what was tokenised is remembered."""
 
-    tokenizer: Any
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
-    def __call__(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """The ids of each text."""
-        if not texts:
-            return []
-        quiet = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, **quiet)["input_ids"]
+    def __reduce__(self) -> Any:
+        return TextEncoder, (self.tokenizer,)  # another process remembers for itself
 
-    def families(
-        self, families: Sequence[tuple[str, Sequence[str]]], *, add_special_tokens: bool
-    ) -> list[tuple[list[int], list[list[int]]]]:
+    @cached_property
+    def by_words(self) -> WordTokenizer | None:
+        """``None``: only whole texts are sure to give the tokenizer's ids."""
+        return word_tokenizer(self.tokenizer)
+
+    def __call__(self, texts: list[str]) -> list[Ids]:
+        """The ids of each text, nothing added."""
+        if self.by_words is None:
+            return whole_ids(self.tokenizer, texts)
+        return self.by_words([(text, "nothing") for text in texts])
+
+    def families(self, families: Sequence[Family], *, add_special_tokens: bool) -> list[tuple[Ids, list[Ids]]]:
         """For each prompt with the texts that go on from it: the ids of the prompt, and of each text."""
-        if not self.can_cut:
+        if self.by_words is None:
             texts = [text for prompt, others in families for text in (prompt, *others)]
-            ids = iter(self(texts, add_special_tokens=add_special_tokens))
+            ids = iter(whole_ids(self.tokenizer, texts, add_special_tokens=add_special_tokens))
             return [(next(ids), [next(ids) for _ in others]) for _, others in families]
-        cuts = [_last_cut(prompt) if all(t.startswith(prompt) for t in others) else 0 for prompt, others in families]
-        pieces: list[str] = []
-        for (prompt, others), cut in zip(families, cuts, strict=True):
-            pieces += [prompt[:cut], prompt[cut:], *(text[cut:] for text in others)]
-        start, end = self._special_ends() if add_special_tokens else ([], [])
-        return list(_joined(families, iter(self(pieces)), start, end))
+        pieces: list[tuple[str, Before]] = []
+        for prompt, others in families:
+            cut = last_cut(prompt) if all(text.startswith(prompt) for text in others) else 0
+            pieces.append((prompt[:cut], "nothing"))
+            pieces.extend((text[cut:], "text" if cut else "nothing") for text in (prompt, *others))
+        start, end = self.special_ends if add_special_tokens else (array("i"), array("i"))
+        return list(joined_pieces(families, iter(self.by_words(pieces)), start, end))
 
-    @property
-    def can_cut(self) -> bool:
-        """Whether ids of pieces are sure to be the pieces of the ids."""
-        if not self.tokenizer.is_fast:
-            return False
-        backend = self.tokenizer.backend_tokenizer
-        if type(backend.model).__name__ != "BPE" or backend.pre_tokenizer is None:
-            return False
-        known = _types(backend.normalizer) <= _NORMALIZERS and _types(backend.pre_tokenizer) <= _PRE_TOKENIZERS
-        if not known or any(_CUT.search(token) for token in self.tokenizer.get_added_vocab()):
-            return False
-        words = [place for _, place in backend.pre_tokenizer.pre_tokenize_str(_PROBE)]
-        return words == [(0, 3), (3, 7), (7, 13)]
-
-    def _special_ends(self) -> tuple[list[int], list[int]]:
+    @cached_property
+    def special_ends(self) -> tuple[Ids, Ids]:
         """What the tokenizer itself puts before and after a text."""
-        plain, special = self([_PROBE])[0], self([_PROBE], add_special_tokens=True)[0]
+        probe = ["one two three"]
+        [plain], [special] = whole_ids(self.tokenizer, probe), whole_ids(self.tokenizer, probe, add_special_tokens=True)
         start = next(i for i in range(len(special)) if special[i : i + len(plain)] == plain)
         return special[:start], special[start + len(plain) :]
 
 
-def _joined(
-    families: Sequence[tuple[str, Sequence[str]]], ids: Iterator[list[int]], start: list[int], end: list[int]
-) -> Iterator[tuple[list[int], list[list[int]]]]:
+def joined_pieces(
+    families: Sequence[Family], ids: Iterator[Ids], start: Ids, end: Ids
+) -> Iterator[tuple[Ids, list[Ids]]]:
     """The ids of the pieces (shared head, rest of the prompt, rest of each text) put together again."""
     for _, others in families:
-        head = [*start, *next(ids)]
-        yield [*head, *next(ids), *end], [[*head, *next(ids), *end] for _ in others]
-
-
-def _last_cut(text: str) -> int:
-    """The last place in ``text`` where it may be cut; 0 where there is none."""
-    end = 0
-    # Searching a tail first spares a walk over a long prompt: nearly every one has a place in its last part.
-    for tail_start in (max(len(text) - 200, 0), 0):
-        for match in _CUT.finditer(text, tail_start):
-            end = match.end()
-        if end:
-            break
-    return end
-
-
-def _types(part: Any) -> set[str]:
-    """The kinds of steps that a normaliser or pre-tokeniser of ``tokenizers`` takes."""
-    if part is None:
-        return set()
-    state = json.loads(part.__getstate__())
-
-    def kinds(step: dict[str, Any]) -> set[str]:
-        inner = step.get("normalizers") or step.get("pretokenizers") or []
-        return {step["type"]}.union(*map(kinds, inner))
-
-    return kinds(state)
+        head = start + next(ids)
+        yield head + next(ids) + end, [head + next(ids) + end for _ in others]

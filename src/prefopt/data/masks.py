@@ -14,7 +14,7 @@ from prefopt.types import Message, PreferenceExample
 
 __all__ = ["assistant_mask"]
 
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 
 def assistant_mask(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+from uuid import uuid4
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset
 
 from prefopt.data.cache import cache_key
-from prefopt.data.encode import RowEncoder, prepared_columns, refusal
+from prefopt.data.columns import features, prepared_columns
+from prefopt.data.encode import RowEncoder, refusal
 from prefopt.data.report import PrepareReport, skip_reason
 from prefopt.data.schema import check_columns
 from prefopt.data.truncate import TruncationMode
@@ -17,7 +19,7 @@ from prefopt.types import COLUMN_OF_BRANCH, Branch, TokenizedExample
 
 __all__ = ["PrepareOptions", "prepare_dataset", "prepare_report", "tokenized_example"]
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 128
 _STREAM_BATCH_ROWS = 32
 _REPORT = "_prefopt_report"
 
@@ -77,7 +79,7 @@ def prepare_dataset(
     if isinstance(dataset, Dataset) and not len(dataset):
         PrepareReport(name).finish()
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    if set(prepared_columns(options.branches, False, False, False)) <= set(columns):
+    if set(prepared_columns(options.branches)) <= set(columns):
         return dataset
     if columns:
         try:
@@ -92,15 +94,18 @@ def _prepare_rows(
     dataset: Dataset, columns: Sequence[str], processing_class: Any, options: PrepareOptions, name: str
 ) -> Dataset:
     settings = (options.branches, options.max_length, options.truncation_mode)
+    encode = RowEncoder(processing_class, *settings, name)
+    # What is made of a set in memory is not cached, and writing out a large vocabulary for a key takes long
+    key = cache_key(dataset, processing_class, *settings) if dataset.cache_files else uuid4().hex
     mapped = dataset.with_format(None).map(
-        RowEncoder(processing_class, *settings, name),
+        encode,
         batched=True,
         batch_size=_BATCH_ROWS,
         with_indices=True,
         remove_columns=list(columns),
-        features=_features(options, "ref_chosen_logps" in columns, with_status=True),
+        features=features(encode.columns(columns)),
         num_proc=options.num_proc,
-        new_fingerprint=cache_key(dataset, processing_class, *settings),
+        new_fingerprint=key,
         desc=f"Tokenising {name} data",
     )
     report, kept = PrepareReport(name), []
@@ -133,24 +138,18 @@ def _prepare_stream(
 ) -> IterableDataset:
     report = PrepareReport(name)
     settings = (options.branches, options.max_length, options.truncation_mode)
+    encode = RowEncoder(processing_class, *settings, name, options.on_bad_row, report)
     stream = dataset.with_format(None).map(
-        RowEncoder(processing_class, *settings, name, options.on_bad_row, report),
+        encode,
         batched=True,
         batch_size=_STREAM_BATCH_ROWS,
         with_indices=True,
         remove_columns=list(columns),
-        features=_features(options, "ref_chosen_logps" in columns, with_status=False),
+        features=features(encode.columns(columns)),
     )
     stream.__class__ = PreparedStream  # `map` makes a plain IterableDataset, and offers no hook for the stream's end
     setattr(stream, _REPORT, report)
     return stream
-
-
-def _features(options: PrepareOptions, with_reference: bool, with_status: bool) -> Features:
-    types = {"ids": List(Value("int32")), "mask": List(Value("bool")), "int": Value("int64"), "float": Value("float64")}
-    with_starts = options.max_length is not None and options.truncation_mode == "keep_end"
-    kinds = prepared_columns(options.branches, with_reference, with_starts, with_status)
-    return Features({column: types[kind] for column, kind in kinds.items()})
 
 
 def prepare_report(dataset: Dataset | IterableDataset) -> PrepareReport:

@@ -18,7 +18,14 @@ def common_prefix_length(first: Sequence, second: Sequence) -> int:
     shorter = min(len(first), len(second))
     if first[:shorter] == second[:shorter]:
         return shorter
-    return next(index for index in range(shorter) if first[index] != second[index])
+    known, differs = 0, shorter  # comparing halves is faster than comparing items one by one
+    while differs - known > 1:
+        middle = (known + differs) // 2
+        if first[known:middle] == second[known:middle]:
+            known = middle
+        else:
+            differs = middle
+    return known
 
 
 def shared_messages(completions: Sequence[Sequence[Message]]) -> int:

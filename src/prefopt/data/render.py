@@ -6,6 +6,7 @@ where they part from the tokens of the prompt alone; over the branches, the shor
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 from prefopt.data.encoding import TextEncoder
 from prefopt.data.masks import assistant_mask
 from prefopt.data.messages import is_blank
+from prefopt.data.pieces import Ids
 from prefopt.data.prompts import common_prefix_length
 from prefopt.data.report import Status
-from prefopt.data.template import ChatRenderer, joined, tokenizer_of
+from prefopt.data.template import ChatRenderer, Rendering, joined, prompt_rendering
 from prefopt.types import COLUMN_OF_BRANCH, Branch, Message, PreferenceExample, TokenizedExample
 
 __all__ = ["tokenize_examples"]
@@ -34,7 +36,7 @@ class RenderedExample:
 
 
 def tokenize_examples(
-    examples: Sequence[PreferenceExample], processing_class: Any
+    examples: Sequence[PreferenceExample], processing_class: Any, encode: TextEncoder
 ) -> list[tuple[TokenizedExample, Status]]:
     """The examples as token ids, in order, each with what was noticed (merged tokens, rewritten history).
 
@@ -45,97 +47,117 @@ def tokenize_examples(
         ValueError: the chat template fails on a row, which is named.
     """
     renderer = ChatRenderer(processing_class)
-    rendered = [_render(example, renderer) for example in examples]
-    ids = _encode_all(rendered, tokenizer_of(processing_class))
-    return [_cut(item, *ids[index], renderer) for index, item in enumerate(rendered)]
+    rendered = _render_all(examples, renderer)
+    ids = _encode_all(rendered, encode)
+    return [_cut(item, *ids[index], renderer, encode) for index, item in enumerate(rendered)]
 
 
-def _render(example: PreferenceExample, renderer: ChatRenderer) -> RenderedExample:
+def _render_all(examples: Sequence[PreferenceExample], renderer: ChatRenderer) -> list[RenderedExample]:
+    conversations = [_conversations(example) for example in examples]
+    wanted: list[Rendering] = []
+    for example, sides in zip(examples, conversations, strict=True):
+        wanted += [Rendering(messages, example, COLUMN_OF_BRANCH[branch]) for branch, (messages, _) in sides.items()]
+        wanted += [prompt_rendering(example)] if sides and example.prompt else []
+    texts = iter(renderer.render_all(wanted))
+    rendered: list[RenderedExample] = []
+    for example, sides in zip(examples, conversations, strict=True):
+        prompt: Any = example.prompt
+        if sides:
+            whole: dict[Branch, str] = {branch: next(texts) for branch in sides}
+            # No template is asked to render a conversation of nothing
+            rendered.append(RenderedExample(example, next(texts) if prompt else "", whole, sides))
+        else:
+            whole = {branch: prompt + completion for branch, completion in example.completions.items()}
+            rendered.append(RenderedExample(example, prompt, whole, {}))
+    return rendered
+
+
+def _conversations(example: PreferenceExample) -> dict[Branch, tuple[list[Message], int]]:
+    """Branch -> messages, and the index of the one where the completion begins; nothing for text."""
+    if not example.is_conversational:
+        return {}
     prompt: Any = example.prompt
     completions: Mapping[Branch, Any] = example.completions
-    if not example.is_conversational:
-        texts: dict[Branch, str] = {branch: prompt + completion for branch, completion in completions.items()}
-        return RenderedExample(example, prompt, texts, {})
-    conversations: dict[Branch, tuple[list[Message], int]] = {
-        branch: joined(prompt, completion) for branch, completion in completions.items()
-    }
-    texts: dict[Branch, str] = {
-        branch: renderer.render(messages, example, COLUMN_OF_BRANCH[branch])
-        for branch, (messages, _) in conversations.items()
-    }
-    return RenderedExample(example, renderer.prompt(example), texts, conversations)
+    return {branch: joined(prompt, completion) for branch, completion in completions.items()}
 
 
-def _encode_all(rendered: Sequence[RenderedExample], tokenizer: Any) -> list[tuple[list[int], dict[Branch, list[int]]]]:
+def _encode_all(rendered: Sequence[RenderedExample], encode: TextEncoder) -> list[tuple[Ids, dict[Branch, Ids]]]:
     """For each example the ids of its prompt and of prompt + completion per branch."""
-    encode = TextEncoder(tokenizer)
-    ids: dict[int, tuple[list[int], dict[Branch, list[int]]]] = {}
+    ids: dict[int, tuple[Ids, dict[Branch, Ids]]] = {}
     for is_conversational in (False, True):
         finish = _conversation_ends if is_conversational else _text_ends
         indices = [i for i, item in enumerate(rendered) if item.example.is_conversational == is_conversational]
         families = [(rendered[i].prompt, list(rendered[i].texts.values())) for i in indices]
         encoded = encode.families(families, add_special_tokens=not is_conversational)
         for i, (prompt_ids, others) in zip(indices, encoded, strict=True):
-            branch_ids: dict[Branch, list[int]] = dict(zip(rendered[i].texts, others, strict=True))
-            ids[i] = finish(rendered[i], prompt_ids, branch_ids, tokenizer)
+            branch_ids: dict[Branch, Ids] = dict(zip(rendered[i].texts, others, strict=True))
+            ids[i] = finish(rendered[i], prompt_ids, branch_ids, encode.tokenizer)
     return [ids[i] for i in range(len(rendered))]
 
 
 def _text_ends(
-    item: RenderedExample, prompt_ids: list[int], branch_ids: dict[Branch, list[int]], tokenizer: Any
-) -> tuple[list[int], dict[Branch, list[int]]]:
+    item: RenderedExample, prompt_ids: Ids, branch_ids: dict[Branch, Ids], tokenizer: Any
+) -> tuple[Ids, dict[Branch, Ids]]:
     """BOS once at the start and EOS once at the end, whether the text or the tokenizer wrote them or nobody."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is not None:
-        branch_ids = {branch: [*_without_end(ids, eos), eos] for branch, ids in branch_ids.items()}
+        branch_ids = {branch: _without_end(ids, eos) + array("i", [eos]) for branch, ids in branch_ids.items()}
         if not item.prompt.endswith(tokenizer.eos_token):
             prompt_ids = _without_end(prompt_ids, eos)
     if bos is None:
         return prompt_ids, branch_ids
-    needs_bos = not item.prompt or prompt_ids[:1] == [bos]
+    needs_bos = not item.prompt or begins_with(prompt_ids, bos)
     return _with_start(prompt_ids, bos, needs_bos), {
         branch: _with_start(ids, bos, needs_bos) for branch, ids in branch_ids.items()
     }
 
 
-def _without_end(ids: list[int], token: int) -> list[int]:
+def begins_with(ids: Ids, token: int) -> bool:
+    return bool(ids) and ids[0] == token
+
+
+def _without_end(ids: Ids, token: int) -> Ids:
     end = len(ids)
     while end and ids[end - 1] == token:
         end -= 1
     return ids[:end]
 
 
-def _with_start(ids: list[int], token: int, needed: bool) -> list[int]:
+def _with_start(ids: Ids, token: int, needed: bool) -> Ids:
     if not needed:
         return ids
     start = next((place for place, other in enumerate(ids) if other != token), len(ids))
-    return [token, *ids[start:]]
+    return array("i", [token]) + ids[start:]
 
 
 def _conversation_ends(
-    item: RenderedExample, prompt_ids: list[int], branch_ids: dict[Branch, list[int]], tokenizer: Any
-) -> tuple[list[int], dict[Branch, list[int]]]:
+    item: RenderedExample, prompt_ids: Ids, branch_ids: dict[Branch, Ids], tokenizer: Any
+) -> tuple[Ids, dict[Branch, Ids]]:
     """What the template renders; an empty prompt is the BOS, where the template begins with one."""
     bos = tokenizer.bos_token_id
-    if not item.example.prompt and bos is not None and all(ids[:1] == [bos] for ids in branch_ids.values()):
-        return [bos], branch_ids
+    if not item.example.prompt and bos is not None and all(begins_with(ids, bos) for ids in branch_ids.values()):
+        return array("i", [bos]), branch_ids
     return prompt_ids, branch_ids
 
 
 def _cut(
-    item: RenderedExample, prompt_ids: list[int], branch_ids: dict[Branch, list[int]], renderer: ChatRenderer
+    item: RenderedExample,
+    prompt_ids: Ids,
+    branch_ids: dict[Branch, Ids],
+    renderer: ChatRenderer,
+    encode: TextEncoder,
 ) -> tuple[TokenizedExample, Status]:
     """Prompt and completions apart, with their loss masks."""
     cut = min(common_prefix_length(prompt_ids, ids) for ids in branch_ids.values())
     status = Status.MERGED if cut < len(prompt_ids) else Status(0)
-    if not item.conversations and _says_only_eos(item.example, tokenizer_of(renderer.processing_class).eos_token):
+    if not item.conversations and _says_only_eos(item.example, encode.tokenizer.eos_token):
         status |= Status.EMPTY
     masks: dict[Branch, list[bool]] = {}
     for branch, ids in branch_ids.items():
-        mask = _loss_mask(item, branch, ids, cut, renderer)
+        mask = _loss_mask(item, branch, ids, cut, renderer, encode)
         status |= Status.REWRITTEN if mask is None else Status(0)
         masks[branch] = mask if mask is not None else [True] * (len(ids) - cut)
-    completion_ids: dict[Branch, list[int]] = {branch: ids[cut:] for branch, ids in branch_ids.items()}
+    completion_ids: dict[Branch, Ids] = {branch: ids[cut:] for branch, ids in branch_ids.items()}
     tokens = TokenizedExample(
         row=item.example.row,
         prompt_ids=prompt_ids[:cut],
@@ -153,7 +175,7 @@ def _says_only_eos(example: PreferenceExample, eos_token: str | None) -> bool:
 
 
 def _loss_mask(
-    item: RenderedExample, branch: Branch, ids: list[int], cut: int, renderer: ChatRenderer
+    item: RenderedExample, branch: Branch, ids: Ids, cut: int, renderer: ChatRenderer, encode: TextEncoder
 ) -> list[bool] | None:
     """The whole completion, but of several turns the assistant's alone; ``None`` where that cannot be told."""
     if not item.conversations:
@@ -163,7 +185,7 @@ def _loss_mask(
         return [True] * (len(ids) - cut)
     return assistant_mask(
         renderer,
-        TextEncoder(tokenizer_of(renderer.processing_class)),
+        encode,
         item.example,
         COLUMN_OF_BRANCH[branch],
         messages=messages,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.errors import bad_row
 from prefopt.data.messages import with_object_arguments
 from prefopt.types import Message, PreferenceExample
 
-__all__ = ["ChatRenderer", "joined", "tokenizer_of"]
+__all__ = ["ChatRenderer", "Rendering", "joined", "prompt_rendering", "tokenizer_of"]
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -41,28 +43,62 @@ def continues(prompt: Sequence[Message], completion: Sequence[Message]) -> bool:
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """What is to be rendered."""
+
+    messages: Sequence[Message]
+    example: PreferenceExample
+    column: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_messages_alone(self) -> bool:
+        """Whether the template is given nothing but messages, and those as they are."""
+        given = self.example.tools is not None or self.example.chat_template_kwargs
+        return not given and bool(self.messages) and not any("tool_calls" in message for message in self.messages)
+
+
+def prompt_rendering(example: PreferenceExample) -> Rendering:
+    """The prompt: with the generation prompt where an assistant turn follows, open where one goes on."""
+    prompt: Any = example.prompt
+    completions: list[Any] = list(example.completions.values())
+    if all(continues(prompt, completion) for completion in completions):
+        return Rendering(prompt, example, "prompt", {"continue_final_message": True})
+    opens = any(completion[0]["role"] == "assistant" for completion in completions)
+    return Rendering(prompt, example, "prompt", {"add_generation_prompt": True} if opens else {})
+
+
+@dataclass(frozen=True)
 class ChatRenderer:
     """Renders messages with the template of ``processing_class``; errors name the row."""
 
     processing_class: Any
 
-    def prompt(self, example: PreferenceExample) -> str:
-        """The prompt's text: with the generation prompt where an assistant turn follows, open where one goes on.
-
-        It is empty for an empty prompt: no template is asked to render a conversation of nothing.
-        """
-        prompt: Any = example.prompt
-        if not prompt:
-            return ""
-        completions: list[Any] = list(example.completions.values())
-        if all(continues(prompt, completion) for completion in completions):
-            return self.render(prompt, example, "prompt", continue_final_message=True)
-        opens = any(completion[0]["role"] == "assistant" for completion in completions)
-        return self.render(prompt, example, "prompt", add_generation_prompt=opens)
-
     def render(self, messages: Sequence[Message], example: PreferenceExample, column: str, **options: Any) -> str:
         """The text of ``messages``; ``column`` is the one an error names."""
         return self._apply(messages, example, column, tokenize=False, **options)
+
+    def render_all(self, wanted: Sequence[Rendering]) -> list[str]:
+        """The text of each; those for which the template is given messages alone are rendered in one call."""
+        texts: dict[int, str] = {}
+        for options in ({}, {"add_generation_prompt": True}):
+            indices = [i for i, item in enumerate(wanted) if item.options == options and item.has_messages_alone]
+            texts |= zip(indices, self._render_together([wanted[i].messages for i in indices], options), strict=False)
+        return [
+            texts[i] if i in texts else self.render(item.messages, item.example, item.column, **item.options)
+            for i, item in enumerate(wanted)
+        ]
+
+    def _render_together(self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]) -> Sequence[str]:
+        """The text of each conversation; nothing where the tokenizer fails on one or has a way of its own."""
+        tokenizer = tokenizer_of(self.processing_class)
+        if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return ()
+        given = [self._as_taken(messages) for messages in conversations]
+        try:
+            return tokenizer.apply_chat_template(given, chat_template=self._template(), tokenize=False, **options)
+        except Exception:  # each is then rendered for itself, which names the row
+            return ()
 
     def tokens_with_markers(
         self, messages: Sequence[Message], example: PreferenceExample, column: str
@@ -85,8 +121,7 @@ class ChatRenderer:
 
     def _apply(self, messages: Sequence[Message], example: PreferenceExample, column: str, **options: Any) -> Any:
         tokenizer = tokenizer_of(self.processing_class)
-        if tokenizer is not self.processing_class:
-            messages = [_with_parts(message) for message in messages]
+        messages = self._as_taken(messages)
         if not (self._template() or tokenizer.chat_template):
             fix = "Set `processing_class.chat_template`, or give prompt and completions as text."
             raise bad_row(example.row, column, "the row holds messages, but the tokenizer has no chat template", fix)
@@ -107,7 +142,8 @@ class ChatRenderer:
             fix = "Change the row, the template, or `chat_template_kwargs`."
             raise bad_row(example.row, column, f"the chat template failed: {error or type(error)}", fix) from error
 
-
-def _with_parts(message: Message) -> Message:
-    """The message as the templates of vision-language models take it: its content as parts."""
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template takes them: those of vision-language models take the content as parts."""
+        if tokenizer_of(self.processing_class) is self.processing_class:
+            return list(messages)
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from prefopt.reference.adapters import adapter_off, adapter_switched, starting_parameters
 from prefopt.reference.fingerprints import fingerprint, probe
-from prefopt.reference.weights import copied, named_weights, swapped
+from prefopt.reference.weights import copied, is_sharded, named_weights, placed, reshard, swapped
 from prefopt.scoring.forward import evaluating, install, score
 from prefopt.scoring.sequences import sequence_stats
 from prefopt.types import Branch, PreferenceBatch, SequenceStats
@@ -109,7 +109,7 @@ class ModelReference(ReferencePolicy):
                 "only one of them. Resume with the model, adapter and reference options the run was started with."
             )
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(placed(name, saved[name], tensor))
 
     def fingerprint(self, **settings: object) -> str:
         """`fingerprint` of the weights that are actually used; ``settings`` as there."""
@@ -135,12 +135,14 @@ class SeparateModel(ModelReference):
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         yield self.model
+        reshard(self.model)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in named_weights(self.model).items()}
 
     def to(self, device: torch.device | str) -> None:
-        self.model.to(device)
+        if not is_sharded(self.model):  # its parts lie where the engine put them
+            self.model.to(device)
 
 
 class AdapterOff(ModelReference):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["copied", "named_weights", "swapped"]
+__all__ = ["copied", "is_sharded", "named_weights", "placed", "reshard", "swapped"]
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What compilation and activation checkpointing put into a parameter's name."""
@@ -61,7 +61,7 @@ def swapped(model: nn.Module, weights: MutableMapping[str, Tensor]) -> Iterator[
         reshard(model)
 
 
-def placed(name: str, tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
+def placed(name: str, tensor: Tensor, parameter: Tensor | None) -> Tensor:
     """``tensor`` with the device, precision and sharding of ``parameter``."""
     if parameter is None:
         raise ValueError(f"The model has no parameter {name!r} any more, so its starting value cannot be put in place.")
@@ -76,8 +76,13 @@ def placed(name: str, tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
     return tensor.to(parameter.device, parameter.dtype)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has divided the model among the ranks."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def reshard(model: nn.Module) -> None:
-    """Drop what FSDP2 gathered: it keeps the root's weights after a forward and would go on with those values."""
+    """Drop what FSDP2 gathered: it keeps the head's and the root's weights after a forward, and goes on with those."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -8,16 +8,13 @@ whether the code does as it says: so the first use compares the layout with the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prefopt.batching import pack_batch, pad_batch, share_batch
-from prefopt.scoring.attention import segment_attention
-from prefopt.scoring.forward import evaluating, innermost, score, use_full_logits
+from prefopt.scoring.comparison import fault_of, outcome, trial_groups, windows_shortened
+from prefopt.scoring.forward import innermost, use_full_logits
 from prefopt.scoring.plain import plain_scores
 from prefopt.types import Branch, PreferenceBatch, TokenizedExample
 
@@ -40,14 +37,6 @@ RECURRENT_OPTIONS = (
 
 PACKABLE_ANYWAY = frozenset({"stablelm"})
 """Model types that use transformers' attention registry without declaring it."""
-
-FLOAT32_TOLERANCE = 1e-4
-"""Nats per token, mean over a pair: summation in another order moves float32 log-probs by about 1e-6."""
-HALF_TOLERANCE = 5e-2
-"""The same for bfloat16 and float16, whose forward passes differ by about 1e-2 between two equal layouts."""
-
-PROBE_TOKENS = 48
-"""Tokens of the prompt and of each completion in the trial: enough to tell, small enough to cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,32 +94,13 @@ def choose_layout(
         chain, reasons = ["padded"], [obstacle]
     if example is None:
         return LayoutChoice(chain[0], tuple(reasons))
-    example = shortened(example)
-    expected = trial(model, plain_scores, pad_batch([example], branches))
-    tolerance = FLOAT32_TOLERANCE if innermost(model).dtype == torch.float32 else HALF_TOLERANCE
-    for layout in chain:
-        difference = (trial(model, score, LAYOUTS[layout]([example], branches)) - expected).abs().mean().item()
-        if difference <= tolerance:
-            return LayoutChoice(layout, tuple(reasons))
-        reasons.append(f"{layout} differs from the plain forward by {difference:.1e} nats a token on a trial pair")
+    groups = trial_groups(example)
+    with windows_shortened(model, groups):
+        expected = outcome(model, plain_scores, groups, pad_batch(groups, branches), recomputing=False)
+        for layout in chain:
+            fault = fault_of(model, layout, groups, LAYOUTS[layout](groups, branches), expected)
+            if fault is None:
+                return LayoutChoice(layout, tuple(reasons))
+            reasons.append(fault)
     use_full_logits(model)
     return LayoutChoice("padded", (*reasons, "scoring with the model's full logits"))
-
-
-def trial(model: nn.Module, scorer: Callable[[Any, PreferenceBatch], Any], batch: PreferenceBatch) -> Tensor:
-    """[N] log-probs of a batch without gradients or dropout."""
-    with torch.no_grad(), evaluating(model), segment_attention(model):
-        logps = scorer(model, batch.to(innermost(model).device)).tokens.logps
-    return logps.float()
-
-
-def shortened(example: TokenizedExample) -> TokenizedExample:
-    """The pair with at most `PROBE_TOKENS` of its prompt and of each completion, all of them scored."""
-    completions = {branch: tuple(islice(ids, PROBE_TOKENS)) for branch, ids in example.completion_ids.items()}
-    return replace(
-        example,
-        prompt_ids=tuple(example.prompt_ids)[-PROBE_TOKENS:],
-        completion_ids=completions,
-        loss_masks={branch: (True,) * len(ids) for branch, ids in completions.items()},
-        prompt_starts={},
-    )

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefopt.scoring.attention import is_segments, table_of
-from prefopt.scoring.tokens import stats_of_logits, tiled_stats
+from prefopt.scoring.attention import attach_segments, is_segments, table_of
+from prefopt.scoring.head import token_stats
+from prefopt.scoring.tokens import stats_of_logits
 from prefopt.scoring.transforms import logit_transform
 from prefopt.types import PreferenceBatch, Scores, Statistic
 
-__all__ = ["evaluating", "innermost", "install", "score", "use_full_logits"]
+__all__ = ["balancing_loss", "evaluating", "innermost", "install", "score", "use_full_logits", "uses_full_logits"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def score(
         statistics=statistics,
         with_aux_loss=with_aux_loss,
     )
+    if batch.segments is not None:
+        attach_segments(batch.model_inputs["attention_mask"], batch.segments)
     return model(**batch.model_inputs, use_cache=False, score_request=request)
 
 
@@ -113,26 +115,25 @@ def use_full_logits(model: nn.Module) -> None:
     innermost(model)._prefopt_full_logits = True  # type: ignore[assignment]
 
 
+def uses_full_logits(model: nn.Module) -> bool:
+    """Whether `use_full_logits` was called on this model."""
+    return getattr(innermost(model), "_prefopt_full_logits", False)
+
+
 def score_rows(model: PreTrainedModel | Any, request: ScoreRequest, *args: Any, **kwargs: Any) -> Scores:
     """The patched forward: body, rows, head."""
     inputs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
     if request.with_aux_loss:
         inputs["output_router_logits"] = True
-    if getattr(model, "_prefopt_full_logits", False):
+    if uses_full_logits(model):
         outputs: Any = model._prefopt_forward(*args, **inputs)  # type: ignore[operator]
         logits = outputs.logits.flatten(0, 1)[shifted(request, outputs.logits.shape[1])]
         return Scores(stats_of_logits(logits, request.targets, request.statistics), getattr(outputs, "aux_loss", None))
     outputs = body_of(model)(*args, **inputs)
     hidden = outputs.last_hidden_state
     rows = hidden.flatten(0, 1).index_select(0, shifted(request, hidden.shape[1]).to(hidden.device))
-    head, transform = head_of(model), logit_transform(model.config)
-    tokens = tiled_stats(
-        lambda rows: transform(head(rows)),
-        rows,
-        request.targets.to(hidden.device),
-        vocab_size_of(model),
-        request.statistics,
-    )
+    targets = request.targets.to(hidden.device)
+    tokens = token_stats(head_of(model), rows, targets, logit_transform(model.config), request.statistics)
     aux_loss = (
         aux_loss_of(model, outputs.router_logits, inputs.get("attention_mask")) if request.with_aux_loss else None
     )
@@ -169,13 +170,17 @@ def head_of(model: PreTrainedModel) -> nn.Module:
     return head
 
 
-def vocab_size_of(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().vocab_size)
+def balancing_loss(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """The load-balancing loss of a mixture of experts, from the model's own file; None where it has none."""
+    files = (sys.modules[kind.__module__] for kind in type(model).__mro__)  # FSDP2 puts a class of its own in front
+    return next((file.load_balancing_loss_func for file in files if hasattr(file, "load_balancing_loss_func")), None)
 
 
-def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss by the function of the model's own file, every token weighted as in a padded batch."""
-    loss = sys.modules[type(model).__module__].load_balancing_loss_func
+def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor | None:
+    """The load-balancing loss, every token weighted as in a padded batch; None where the model routes nothing."""
+    loss = balancing_loss(model)
+    if loss is None or not router_logits:
+        return None
     config = model.config.get_text_config()
     experts = getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
     weights = token_multiplicity(attention_mask) if is_segments(attention_mask) else attention_mask
@@ -183,7 +188,9 @@ def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tens
 
 
 def token_multiplicity(segments: Any) -> Tensor:
-    """[1, S] how many completions a token of a packed row serves: a shared prompt all that have it as their prefix."""
+    """[1, S] how many completions a token of a packed row serves: its own, and all that have it in their prefix."""
     table = table_of(segments)
-    users = Counter(start for _, _, start, end in table if end > start)
-    return torch.cat([segments.new_full((1, end - start), max(1, users[start])) for start, end, _, _ in table], dim=1)
+    counts = torch.ones(1, table[-1][1], dtype=torch.int64)
+    for _, _, prefix_start, prefix_end in table:
+        counts[:, prefix_start:prefix_end] += 1
+    return counts.to(segments.device)

@@ -1,4 +1,7 @@
-"""Statistics of scored tokens: from logits, and from hidden states without ever holding [N, V] in float32."""
+"""Statistics of scored tokens from logits, and from any function that makes logits, without ever holding all of them.
+
+`prefopt.scoring.head` does the same faster for heads that are matrices.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ def stats_of_logits(logits: Tensor, targets: Tensor, statistics: frozenset[Stati
     """Statistics of ``targets`` [n] under ``logits`` [n, V].
 
     With ``lse = log sum_v e^(z_v)``: log-prob ``z_t - lse``; entropy ``lse - sum_v p_v z_v``;
-    log sum of squared probabilities ``log sum_v e^(2 z_v) - 2 lse``.
+    log sum of squared probabilities ``log sum_v e^(2 z_v) - 2 lse``. In float32, or float64 where the logits are.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0]
     extra: dict[Statistic, Tensor] = {}

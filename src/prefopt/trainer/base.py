@@ -2,7 +2,7 @@
 
 Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks, checkpoints) is
 transformers' and accelerate's. The hooks that are overridden, here and in the classes below (`StepTrainer`,
-`EvaluatingTrainer`, `LoadingTrainer`):
+`EvaluatingTrainer`, `LoadingTrainer`, `PreparingTrainer`):
 
 ====================================== ==========================================================================
 hook                                   why
@@ -11,6 +11,8 @@ hook                                   why
 ``_run_epoch`` and two more            the loop must not accumulate: the step already has its micro-batches
 ``training_step``                      micro-batches, gradient sync on the last, denominators of the whole step
 ``_get_grad_norm``                     the one host sync of a step: stop before a NaN reaches the weights
+``_prepare_for_training``              checkpointing decided by memory, layers compiled, before the model is wrapped
+``_build_accelerator_args``            accelerate leaves the compiling to that
 ``evaluation_loop``                    exact sums over rows instead of means of batch means
 ``train``, ``evaluate``, ``predict``   the model understands packed rows meanwhile; raw data sets are taken
 ``log``, ``_save/_load_optimizer_..``  the metric sums, also over a resume
@@ -30,14 +32,16 @@ import datasets
 from torch import nn
 from transformers import TrainerCallback
 
-from prefopt.reference import ReferencePolicy, make_reference
+from prefopt.reference import Precomputed, ReferencePolicy, make_reference
 from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.forward import innermost, install
-from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback
+from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback, updates_reference
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.loading import EvalSets, LoadingTrainer, prepare_options
+from prefopt.trainer.loading import EvalSets, prepare_options
 from prefopt.trainer.model_card import write_model_card
+from prefopt.trainer.preparing import PreparingTrainer
+from prefopt.trainer.remembering import KeepReference
 from prefopt.trainer.setup import (
     aux_weight,
     disable_dropout,
@@ -53,7 +57,7 @@ __all__ = ["PreferenceTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(LoadingTrainer):
+class PreferenceTrainer(PreparingTrainer):
     """Trains a model on preference data; a subclass names its method and config, and may order the arguments.
 
     Args:
@@ -127,6 +131,7 @@ class PreferenceTrainer(LoadingTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.start_window()
+        self.add_callback(KeepReference(self.keep_reference))
         self.layout = self.chosen_layout()
         if getattr(args, "sync_ref_model", False):
             self.add_callback(SyncReferenceCallback(self.reference, args))  # type: ignore[arg-type]
@@ -136,12 +141,11 @@ class PreferenceTrainer(LoadingTrainer):
     def ready_model(self, model: Any) -> Any:
         """The model with its adapter, without dropout, able to score; its reference is taken here."""
         args = self.args
+        self.came_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.peft_config is not None:
             model = wrap_with_adapter(model, self.peft_config, args)
         if args.disable_dropout:
             disable_dropout(model)
-        if args.gradient_checkpointing and hasattr(model, "peft_config"):
-            model.enable_input_require_grads()
         install(model)
         innermost(model).add_model_tags(["prefopt", self.method])
         self.aux_weight = aux_weight(innermost(model), args)
@@ -164,6 +168,7 @@ class PreferenceTrainer(LoadingTrainer):
             given,
             precomputed=args.precompute_ref_log_probs or has_reference_logps(self.train_dataset),
             updates=self.reference_updates,
+            remember=not self.reference_updates,
             ld_alpha=args.ld_alpha,
             model_adapter_name=args.model_adapter_name,
             ref_adapter_name=args.ref_adapter_name,
@@ -178,7 +183,8 @@ class PreferenceTrainer(LoadingTrainer):
     @property
     def ref_model(self) -> nn.Module | None:
         """The reference's own model; None where it is the policy without adapter, precomputed, or not needed."""
-        return self.reference.model if isinstance(self.reference, SeparateModel) else None
+        reference = None if isinstance(self.reference, Precomputed) else self.model_reference
+        return reference.model if isinstance(reference, SeparateModel) else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return self.ready_model(super().call_model_init(trial))
@@ -230,12 +236,6 @@ def use_one_device(args: PreferenceConfig) -> None:
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch` trains on all of them.", args.n_gpu)
         args._n_gpu = 1
-
-
-def updates_reference(args: Any, callbacks: list[TrainerCallback] | None) -> bool:
-    """Whether the reference moves during training: TR-DPO, or BEMA for the reference."""
-    by_callback = any(isinstance(c, BEMACallback) and c.update_ref_model for c in callbacks or ())
-    return by_callback or getattr(args, "sync_ref_model", False)
 
 
 def has_reference_logps(rows: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from transformers import TrainingArguments
 
 from prefopt.trainer.config_help import option
-from prefopt.trainer.config_rules import parse_json_options, rule_mistakes
+from prefopt.trainer.config_rules import budget_mistakes, budget_warnings, parse_json_options, rule_mistakes
 from prefopt.trainer.given import Given, fresh_names
 from prefopt.trainer.precision import resolve_precision
 from prefopt.trainer.versions import CHECKPOINTING_NAMES, unify_checkpointing
@@ -47,6 +47,7 @@ class PreferenceConfig(TrainingArguments):
 
     # Keyword-only, so that the parameters that TRL has keep TRL's order.
     layout: str = option("layout", "auto", choices=LAYOUTS, kw_only=True)
+    tokens_per_batch: int | None = option("tokens_per_batch", None, kw_only=True)
     on_bad_row: str = option("on_bad_row", "skip", choices=("skip", "error"), kw_only=True)
     on_nonfinite: str = option("on_nonfinite", "stop", choices=("stop", "skip"), kw_only=True)
     full_logits_for_metrics: bool = option("full_logits_for_metrics", False, kw_only=True)
@@ -103,6 +104,12 @@ class PreferenceConfig(TrainingArguments):
             return True
         made = getattr(record, "as_made", {})
         return name in made and getattr(self, name) != made[name]
+
+    def decide(self, **values: Any) -> None:
+        """Give options that the user left open the values that a run found out; `was_set` goes on to say so."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        getattr(self.user_set, "as_made", {}).update(values)
 
     @property
     def batch_layout(self) -> str:
@@ -188,7 +195,7 @@ class PreferenceConfig(TrainingArguments):
     def _objective_mistakes(self) -> list[str]:
         from prefopt.objective import objective_mistakes
 
-        return objective_mistakes(self.METHOD, **self._objective_options())
+        return objective_mistakes(self.METHOD, **self._objective_options()) or budget_mistakes(self)
 
     def _warnings(self) -> Sequence[str]:
         """Options that were set and have no effect."""
@@ -216,7 +223,7 @@ class PreferenceConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "
                 "training; set label_smoothing"
             )
-        return found
+        return [*found, *budget_warnings(self)]
 
 
 def _message(name: str, mistakes: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ HELP = {
     "learning_rate": "Initial learning rate of the optimizer.",
     "logging_steps": "Optimizer steps between two log lines; below 1: a share of all steps.",
     "logging_nan_inf_filter": "Hide NaN and infinite losses from the log. It costs a synchronisation per micro-batch.",
-    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time. Unset: only where "
+    "the largest micro-batch would not fit otherwise.",
     "bf16": "Mixed precision in bfloat16. Unset: on where the hardware has it and fp16 is not set, else float32.",
     "lr_scheduler_kwargs": "Keyword arguments of the learning-rate schedule, as JSON on the command line.",
     # Model.
@@ -38,6 +39,8 @@ HELP = {
     "pad_to_multiple_of": "Pad the padded layout to a multiple of this many tokens. auto: 128 on Neuron, else nothing.",
     "layout": "How sequences lie in a batch: the prompt once for all its completions, all sequences one after another, "
     "rows padded to one length, or the best of these that the model can do.",
+    "tokens_per_batch": "Most tokens in a micro-batch, into which the pairs of a step are packed. Unset: micro-batches "
+    "of the per-device batch size.",
     # Reference.
     "precompute_ref_log_probs": "Score all data with the reference first; what was scored once is read from the cache.",
     "precompute_ref_batch_size": "Pairs per batch of that pass; unset: the per-device batch size.",

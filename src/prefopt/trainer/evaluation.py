@@ -14,8 +14,10 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 
 from prefopt.metrics import NUM_TOKENS, MetricSums, accumulator_dtype, means
 from prefopt.normalise import term_sum
+from prefopt.reference.weights import reshard
 from prefopt.scoring.plain import full_logits
 from prefopt.step import StepResult, preference_step
+from prefopt.trainer.sharding import prepared_for_scoring
 from prefopt.trainer.steps import StepTrainer
 from prefopt.types import PAIR, PreferenceBatch
 
@@ -85,6 +87,7 @@ class EvaluatingTrainer(StepTrainer):
                 custom = self.custom_metrics(*collected(gather_object(records)), last=last)
                 records = []
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        reshard(model)  # an optimizer that is made while the head is whole would train a copy of it
         metrics, num_pairs = self.evaluated_metrics(sums)
         predictions = lengths = None
         if wants_pairs and not self.args.batch_eval_metrics:
@@ -103,10 +106,10 @@ class EvaluatingTrainer(StepTrainer):
         model = self._wrap_model(self.model, training=False)
         if model is self.model and not any(model is prepared for prepared in self.accelerator._models):
             start = time.time()
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
                 model = self.accelerator.prepare(model)
             else:
-                model = self.accelerator.prepare_model(model, evaluation_mode=True)
+                model = prepared_for_scoring(self.accelerator, model)
             self.model_preparation_time = round(time.time() - start, 4)
             if self.is_fsdp_enabled:
                 self.model = model

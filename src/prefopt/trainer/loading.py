@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import datasets
 from accelerate import PartialState
 
-from prefopt.batching import DataCollatorForPreference, DataCollatorForTriplePreference
+from prefopt.batching import (
+    DataCollatorForPreference,
+    DataCollatorForTriplePreference,
+    TokenBudget,
+    lengths_of_set,
+)
 from prefopt.data import PrepareOptions, prepare_dataset, tokenized_example
-from prefopt.reference import Precomputed
 from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.capability import LayoutChoice, choose_layout
-from prefopt.trainer.batches import collate_into, collate_with, epoch_order, group_lengths, loader_options
+from prefopt.scoring.forward import innermost
+from prefopt.trainer.batches import collate_into, collate_with, epoch_order, loader_options
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.evaluation import EvaluatingTrainer
-from prefopt.trainer.loader import Collate, Geometry, StepLoader, make_loader
+from prefopt.trainer.geometry import Geometry
+from prefopt.trainer.loader import Collate, StepLoader, make_loader
 from prefopt.trainer.precompute import with_precomputed_logps
+from prefopt.trainer.remembering import RememberingTrainer
+from prefopt.trainer.sharding import prepared_for_scoring, tried_while_whole
+from prefopt.trainer.versions import chosen_checkpointing, recomputing
 from prefopt.types import Branch
 
 __all__ = ["EvalSets", "LoadingTrainer", "prepare_options"]
@@ -31,14 +39,12 @@ EvalSets = Any
 """None, a data set, or a dict of data sets."""
 
 
-class LoadingTrainer(EvaluatingTrainer):
+class LoadingTrainer(RememberingTrainer):
     """Replaces transformers' data hooks: an item of a loader is a whole optimizer step, planned alike on every rank."""
 
     method: ClassVar[str]
     prepare_options: PrepareOptions
     layout: LayoutChoice
-    collate_given: Callable[[list[Any]], Any] | None
-    """The data collator that the user gave."""
     placed_reference: SeparateModel | None
 
     def models(self) -> list[Any]:
@@ -50,7 +56,7 @@ class LoadingTrainer(EvaluatingTrainer):
         """A reference model of its own goes to the device and under the run's precision; once."""
         reference = self.model_reference
         if isinstance(reference, SeparateModel) and reference is not self.placed_reference:
-            reference.model = self.accelerator.prepare_model(reference.model, evaluation_mode=True)
+            reference.model = prepared_for_scoring(self.accelerator, reference.model)
             self.placed_reference = reference
         if isinstance(reference, SeparateModel):
             reference.to(self.args.device)
@@ -81,18 +87,35 @@ class LoadingTrainer(EvaluatingTrainer):
     def chosen_layout(self) -> LayoutChoice:
         """The batch layout, tried on the first pair; said in one line."""
         wanted = "padded" if self.collate_given is not None else self.args.batch_layout
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        row = None if sharded else next(iter(self.train_dataset), None)
-        branches = self.preference.branches
-        example = tokenized_example(row, branches) if row else None
-        choice = LayoutChoice(wanted)
-        for model in self.models():
-            own = choose_layout(model, choice.layout, example, branches)
-            choice = LayoutChoice(own.layout, tuple(dict.fromkeys(choice.reasons + own.reasons)))
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            tried = functools.partial(self.tried_layout, wanted)
+            choice = tried_while_whole(self.models(), self.args.device, tried)
+        else:
+            choice = self.tried_layout(wanted)
         logger.log(logging.WARNING if choice.reasons else logging.INFO, "%s", choice)
         multiple = self.args.pad_to_multiple_of
         if multiple is not None and choice.layout != "padded":
             logger.warning("pad_to_multiple_of=%s has no effect: layout %s does not pad.", multiple, choice.layout)
+        return choice
+
+    def tried_layout(self, wanted: str, on_a_pair: bool = True) -> LayoutChoice:
+        """The first layout from ``wanted`` on that the policy, and a reference of another kind, compute rightly.
+
+        Activations are recomputed in the trial wherever they may be in training.
+        """
+        row = next(iter(self.train_dataset), None) if on_a_pair else None
+        branches = self.preference.branches
+        example = tokenized_example(row, branches) if row else None
+        own, inner = self.model_reference, innermost(self.model)
+        others = [own.model] if isinstance(own, SeparateModel) and not own.derives_from_policy else []
+        may_recompute = inner.supports_gradient_checkpointing and chosen_checkpointing(self.args) is not False
+        choice = LayoutChoice(wanted)
+        with ExitStack() as stack:
+            if may_recompute:
+                stack.enter_context(recomputing(inner, self.args.gradient_checkpointing_kwargs))
+            for model in (self.model, *others):
+                found = choose_layout(model, choice.layout, example, branches)
+                choice = LayoutChoice(found.layout, tuple(dict.fromkeys(choice.reasons + found.reasons)))
         return choice
 
     def collate(self, *, padded: bool = False) -> Collate:
@@ -107,36 +130,46 @@ class LoadingTrainer(EvaluatingTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
 
-    def geometry(self, per_device: int, accumulation: int = 1) -> Geometry:
-        return Geometry(per_device, accumulation, self.args.world_size, self.args.process_index)
+    def geometry(self, per_device: int, accumulation: int = 1, *, padded: bool = False) -> Geometry:
+        """How a step is divided; ``padded`` as `collate` is given it, since tokens are counted as batches are made."""
+        args, budget = self.args, None
+        if args.tokens_per_batch is not None:
+            layout = "padded" if padded else self.layout.layout
+            multiple: Any = args.pad_to_multiple_of
+            budget = TokenBudget(args.tokens_per_batch, layout, self.preference.branches, multiple)
+        return Geometry(per_device, accumulation, args.world_size, args.process_index, budget)
 
     def get_train_dataloader(self) -> StepLoader:
         """Batches by optimizer step, in the order that transformers' trainer gives with the same seed."""
         args = self.args
         self.place_reference()
+        self.begin_reference()
         rows = self.train_dataset = self.precomputed(self.train_dataset)
-        block = self._train_batch_size * args.world_size
+        geometry = self.geometry(self._train_batch_size, self.accumulation)
         order = epoch_order(
             args.train_sampling_strategy,
             len(rows) if isinstance(rows, datasets.Dataset) else 0,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            batch_size=block,
-            lengths=functools.cache(lambda: group_lengths(rows, self.preference.branches)),
+            batch_size=geometry.block_size,
+            lengths=functools.cache(lambda: lengths_of_set(rows, self.preference.branches).totals.tolist()),
         )
-        geometry = self.geometry(self._train_batch_size, self.accumulation)
         drop_last = args.dataloader_drop_last
-        return make_loader(rows, self.collate(), geometry, order=order, drop_last=drop_last, **loader_options(args))
+        collate = self.with_keys(self.collate())
+        return make_loader(rows, collate, geometry, order=order, drop_last=drop_last, **loader_options(args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
-        """One micro-batch per rank and item, in the set's order."""
+        """Of each item one micro-batch per rank, or more within the budget of tokens; the items in the set's order."""
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`: give one to the trainer or to `evaluate`.")
         self.place_reference()
+        if not self.is_in_train:
+            self.begin_reference()
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]  # type: ignore[index]
-        collate = self.collate(padded=self.args.full_logits_for_metrics and self.compute_metrics is not None)
-        geometry = self.geometry(self.args.eval_batch_size)
+        padded = self.args.full_logits_for_metrics and self.compute_metrics is not None
+        geometry = self.geometry(self.args.eval_batch_size, padded=padded)
+        collate = self.with_keys(self.collate(padded=padded))
         return make_loader(self.precomputed(rows), collate, geometry, **loader_options(self.args))
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
@@ -145,22 +178,22 @@ class LoadingTrainer(EvaluatingTrainer):
     def precomputed(self, rows: Any) -> Any:
         """``rows`` with reference log-probs, where they are wanted and the set can be read in advance."""
         args: Any = self.args
-        reference = self.reference
+        remembered = self.remembered
         wanted = getattr(args, "precompute_ref_log_probs", False) and isinstance(rows, datasets.Dataset)
-        if not wanted or not isinstance(reference, Precomputed):
+        if not wanted or remembered is None:
             return rows
         per_device = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         with segment_attention(*self.models()):
             rows = with_precomputed_logps(
                 rows,
-                reference,
+                remembered,
                 self.collate(),
                 self.geometry(per_device),
                 self.accelerator,
                 loader_options(args),
             )
-        if isinstance(reference.source, SeparateModel):
-            reference.source.to("cpu")  # its work is done until a set comes that was not scored
+        if isinstance(remembered.source, SeparateModel):
+            remembered.source.to("cpu")  # its work is done until a set comes that was not scored
         return rows
 
 

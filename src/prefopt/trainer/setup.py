@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_peft_available
 
+from prefopt.scoring.forward import balancing_loss
 from prefopt.trainer.config import PreferenceConfig
 
 __all__ = [
@@ -34,9 +35,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-DROPOUT_ATTRIBUTES = ("attention_dropout", "dropout", "dropout_p", "hidden_dropout", "resid_pdrop", "layerdrop")
-"""Dropout probabilities that modules keep as plain numbers, beside the ``nn.Dropout`` layers."""
 
 
 def model_name(model: Any) -> str:
@@ -201,12 +199,12 @@ def stacked_adapter(model: Any, peft_config: Any) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in the model to 0."""
+    """Set every dropout probability in the model to 0: of ``nn.Dropout``, and those that modules keep as numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in DROPOUT_ATTRIBUTES:
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):  # attention_dropout, resid_pdrop, layerdrop, ...
                 setattr(module, name, 0.0)
 
 
@@ -219,7 +217,7 @@ def aux_weight(model: PreTrainedModel, args: PreferenceConfig) -> float:
     """
     config = model.config.get_text_config()
     given = args.router_aux_loss_coef
-    if not hasattr(config, "output_router_logits"):
+    if not hasattr(config, "output_router_logits") or balancing_loss(model) is None:
         if given:
             raise ValueError(
                 f"router_aux_loss_coef={given}: {type(model).__name__} is not a Mixture-of-Experts model with a "

@@ -22,6 +22,7 @@ from prefopt.step import StepResult, preference_step
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.model_card import write_model_card
 from prefopt.trainer.nonfinite import NonFiniteStepError, describe
+from prefopt.trainer.sharding import gathered
 from prefopt.trainer.window import LogWindow
 from prefopt.types import OptimizerStep, StepCounts
 
@@ -179,7 +180,7 @@ class StepTrainer(Trainer):
             check_identity(result.policy, result.reference, rows=rows, dtype=dtype)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = gathered(super()._get_grad_norm(model, grad_norm))
         losses_finite = torch.isfinite(torch.stack(self.last_losses)).all()
         scaled = getattr(self.accelerator, "scaler", None) is not None  # the scaler skips steps that overflow
         finite = losses_finite & (scaled or torch.isfinite(torch.as_tensor(grad_norm, device=losses_finite.device)))
@@ -238,10 +239,11 @@ class StepTrainer(Trainer):
             "last_logged_step": self._globalstep_last_logged,
             "reward_shift": shift.state_dict() if (shift := self.preference.reward_shift) else None,
         }
+        moving = self.model_reference if self.reference_updates else None
+        weights = {} if moving is None else {k: gathered(v).contiguous() for k, v in moving.weights().items()}
         if self.args.should_save:
             Path(output_dir, STATE_FILE).write_text(json.dumps(state, indent=1))
-            if self.reference_updates and self.model_reference is not None:
-                weights = {name: tensor.contiguous() for name, tensor in self.model_reference.weights().items()}
+            if moving is not None:
                 save_file(weights, Path(output_dir, REFERENCE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["CHECKPOINTING_NAMES", "end_run", "unify_checkpointing"]
+__all__ = [
+    "CHECKPOINTING_NAMES",
+    "chosen_checkpointing",
+    "end_run",
+    "recomputing",
+    "set_checkpointing",
+    "stop_checkpointing",
+    "unify_checkpointing",
+]
 
 CHECKPOINTING_NAMES = (
     ("gradient_checkpointing", "activation_checkpointing"),
@@ -33,6 +42,58 @@ def unify_checkpointing(config: Any, fresh: Collection[str]) -> list[str]:
         setattr(config, old, value)
         setattr(config, new, value)
     return mistakes
+
+
+def checkpointing_names(config: Any) -> list[str]:
+    """The names of the option that switches activation checkpointing, in this version."""
+    return [name for name in CHECKPOINTING_NAMES[0] if hasattr(config, name)]
+
+
+def chosen_checkpointing(config: Any) -> bool | None:
+    """What the user chose for activation checkpointing, under either name; None where it was left open."""
+    names = checkpointing_names(config)
+    if not any(config.was_set(name) for name in names):
+        return None
+    assigned = [name for name in names if getattr(config, name) != config.user_set.as_made[name]]
+    return bool(getattr(config, (assigned or names)[0]))
+
+
+def set_checkpointing(config: Any, value: bool) -> None:
+    """Writes the option under both names; `chosen_checkpointing` says what it said before."""
+    if chosen_checkpointing(config) is None:
+        config.decide(**dict.fromkeys(checkpointing_names(config), value))
+    else:
+        for name in checkpointing_names(config):
+            setattr(config, name, value)
+
+
+@contextmanager
+def recomputing(model: Any, options: Any) -> Iterator[None]:
+    """The layers of a transformers model recompute their activations, as training would make them.
+
+    Args:
+        model: bare. If it checkpoints already, it goes on as it is.
+        options: ``gradient_checkpointing_kwargs``; which layers recompute, and where their inputs are kept meanwhile,
+            decides no result and is left out.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield
+        return
+    start = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    start({k: v for k, v in (options or {}).items() if k not in ("every_n_layers", "offload")} or None)
+    try:
+        yield
+    finally:
+        stop_checkpointing(model)
+
+
+def stop_checkpointing(model: Any) -> None:
+    """Undoes what transformers does for activation checkpointing. Can go when 5.22 is no longer supported."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
 
 
 def end_run(trainer: Any) -> None:

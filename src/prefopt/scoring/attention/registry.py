@@ -33,7 +33,7 @@ PREFIX = "prefopt_"
 @contextmanager
 def segment_attention(*models: nn.Module) -> Iterator[None]:
     """Within the context the models understand segments. Contexts may be nested."""
-    changed = [config for model in models for config in attention_configs(model)]
+    changed = attention_configs(*models)
     for config in changed:
         name = config._attn_implementation or "eager"
         register(name)
@@ -45,9 +45,10 @@ def segment_attention(*models: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
 
 
-def attention_configs(model: nn.Module) -> list[Any]:
-    """The distinct configs of the model's parts that do not yet name a segment implementation."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+def attention_configs(*models: nn.Module) -> list[Any]:
+    """The distinct configs of the models' parts that do not yet name a segment implementation."""
+    parts = (part for model in models for part in model.modules() if isinstance(part, PreTrainedModel))
+    configs = {id(part.config): part.config for part in parts}
     return [c for c in configs.values() if not str(c._attn_implementation).startswith(PREFIX)]
 
 
