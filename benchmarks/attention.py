@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from results import write_result
+from results import timed, write_result
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workload import SHAPES, Shape, lengths
@@ -184,22 +183,10 @@ def medians(sides: dict[str, Side], repeats: int) -> dict[str, float]:
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(repeats + 2):
         for name, run in sides.items():
-            seconds = timed(run)
+            seconds = timed(run, "cuda" if torch.cuda.is_available() else "cpu")
             if index >= 2:
                 measured[name].append(seconds)
     return {name: statistics.median(values) for name, values in measured.items()}
-
-
-def timed(run: Side) -> float:
-    if not torch.cuda.is_available():
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

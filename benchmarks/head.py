@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import write_result
+from results import timed, write_result
 from side import peak_memory, reset_peak
 from torch import Tensor
 from workload import SHAPES
@@ -169,18 +168,6 @@ def peak(run: Callable[[], None], device: str) -> int:
     held = reset_peak(device)
     run()
     return peak_memory(device) - held
-
-
-def timed(run: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "alternate", "hardware", "latest", "ratio", "run_side", "write_result"]
+__all__ = ["RESULTS", "alternate", "hardware", "latest", "ratio", "run_side", "timed", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("prefopt", "trl", "torch", "transformers", "accelerate", "peft")
@@ -101,6 +102,21 @@ def alternate(sides: Mapping[str, Mapping[str, Any]], repeats: int) -> dict[str,
         for name, settings in sides.items():
             runs[name].append(run_side(settings))
     return runs
+
+
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds of ``run()``: of the processor on a CPU, which other work does not lengthen, else of the clock."""
+    import torch
+
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

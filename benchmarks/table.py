@@ -36,9 +36,57 @@ def main() -> None:
 
 
 def tables() -> str:
-    """The tables of steps on each hardware, then what else was measured, one paragraph each."""
+    """The tables of steps on each hardware, then memory, preparation and start, where they were measured."""
     parts = [steps_table(hardware, prefix) for prefix in ("steps", "gpu-steps") for hardware in hardwares(prefix)]
+    for name, make in {"memory": memory_table, "prepare": prepare_table, "startup": startup_table}.items():
+        parts += [make(result) for result in latest(name)]
     return "\n".join(parts)
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"Peak memory of a step above weights and optimizer, on {spaced(result['hardware'])}:",
+        "",
+        "| workload | prefopt | prefopt, checkpointed | TRL plain |",
+        "|---|---|---|---|",
+    ]
+    for workload, measured in result["workloads"].items():
+        peaks, ratios = measured["peak_mib"], measured["ratio_to_trl_plain"]
+        own = [f"{peaks[side]:.0f} MiB ({ratios[side]:.2f}x)" for side in ("prefopt", "prefopt checkpointed")]
+        lines.append(f"| {WORKLOAD_NAMES[workload]} | {own[0]} | {own[1]} | {peaks['trl plain']:.0f} MiB |")
+    return "\n".join(lines) + "\n"
+
+
+def prepare_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"Rows prepared per second of one processor, on {spaced(result['hardware'])}:",
+        "",
+        "| tokenizer | rows | prefopt | TRL | |",
+        "|---|---|---|---|---|",
+    ]
+    for tokenizer, kinds in result["tokenizers"].items():
+        for kind, measured in kinds.items():
+            speed = measured["rows_per_cpu_second"]
+            ratio = times(measured["speedup"]["cpu"])
+            lines.append(f"| {tokenizer} | {kind} | {speed['prefopt']:.0f} | {speed['trl']:.0f} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def startup_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"Seconds of the processor to start, on {spaced(result['hardware'])}:",
+        "",
+        "| until | prefopt | TRL | |",
+        "|---|---|---|---|",
+    ]
+    for case, measured in result["cases"].items():
+        own, other = (measured["cpu_seconds"][side] for side in ("prefopt", "trl"))
+        lines.append(f"| {case} | {own:.1f} | {other:.1f} | {measured['ratio']['cpu']:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+def spaced(hardware: str) -> str:
+    return hardware.replace("-", " ")
 
 
 def hardwares(prefix: str) -> list[str]:
@@ -55,7 +103,7 @@ def is_steps(result: dict[str, Any], prefix: str) -> bool:
 def steps_table(hardware: str, prefix: str) -> str:
     """One line a workload: pairs per second, and how many times TRL's."""
     lines = [
-        f"Training steps on {hardware.replace('-', ' ')}:",
+        f"Training steps on {spaced(hardware)}:",
         "",
         "| workload | median tokens: prompt, completions | pairs/s | TRL plain | TRL tuned | memory, of TRL plain |",
         "|---|---|---|---|---|---|",

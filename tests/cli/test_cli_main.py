@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -144,3 +145,12 @@ def test_the_installed_command_is_this_one():
         pytest.skip("prefopt is not installed as a command")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("usage: prefopt COMMAND")
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_large_pages_are_asked_for_unless_the_user_says(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cli.LARGE_PAGES, given or "")
+    if given is None:
+        monkeypatch.delenv(cli.LARGE_PAGES)
+    assert cli.main(["--help"]) == 0
+    assert os.environ[cli.LARGE_PAGES] == (given or "1")

@@ -109,6 +109,16 @@ def test_the_segment_name_is_taken_back_and_never_saved(tmp_path) -> None:
     assert "prefopt" not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_may_be_named_twice(implementation: str) -> None:
+    """Policy and reference may be one model; nothing is registered over the registered function."""
+    model = tiny("llama")
+    model.set_attn_implementation(implementation)
+    with segment_attention(model, model):
+        assert model.config._attn_implementation == f"prefopt_{implementation}"
+    assert model.config._attn_implementation == implementation
+
+
 def test_a_copy_of_an_installed_model_scores_with_its_own_weights() -> None:
     """A patched forward that stayed bound to the original would make every snapshot follow the policy."""
     from copy import deepcopy

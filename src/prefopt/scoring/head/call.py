@@ -7,7 +7,6 @@ and with our keyword argument it returns statistics in place of logits.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -65,7 +64,7 @@ def forward(self: nn.Module, *args: Any, token_request: TokenRequest | None = No
 
     They come in a dict, since the hooks of engines look for tensors in lists, tuples and dicts alone.
     """
-    original: Callable[..., Any] = functools.partial(type(self).forward, self)
+    original: Callable[..., Any] = MethodType(type(self).forward, self)
     if token_request is None:
         return original(*args, **kwargs)
     (hidden,) = args
