@@ -79,7 +79,8 @@ class PreparingTrainer(LoadingTrainer):
         """See ``transformers.Trainer.train``, which turns checkpointing on where the config says so."""
         chosen = chosen_checkpointing(self.args)
         self.open_checkpointing = chosen is None
-        possible = innermost(self.model).supports_gradient_checkpointing
+        # between the trials of a search there is no model: `model_init` makes one within
+        possible = self.model is None or innermost(self.model).supports_gradient_checkpointing
         set_checkpointing(self.args, possible if chosen is None else chosen)
         return super().train(*args, **kwargs)
 
