@@ -7,7 +7,6 @@ and with our keyword argument it returns statistics in place of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -64,7 +63,7 @@ def forward(self: nn.Module, *args: Any, token_request: TokenRequest | None = No
 
     They come in a dict, since the hooks of engines look for tensors in lists, tuples and dicts alone.
     """
-    original: Callable[..., Any] = MethodType(type(self).forward, self)
+    original = MethodType(type(self).forward, self)
     if token_request is None:
         return original(*args, **kwargs)
     (hidden,) = args
@@ -72,7 +71,8 @@ def forward(self: nn.Module, *args: Any, token_request: TokenRequest | None = No
     if factors is None:
         stats = from_logits(original, hidden, token_request, self)
     else:
-        stats = factored_stats(factors, token_request.targets, token_request.transform, token_request.statistics)
+        wanted = (token_request.targets, token_request.transform, token_request.statistics)
+        stats = factored_stats(factors, *wanted)  # type: ignore[call-arg]
     return {name: value for name, value in vars(stats).items() if value is not None}
 
 
