@@ -16,7 +16,6 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "a"), ("Ġ", "the"), ("Ġa", "n"), ("o", "n"), ("b", "l")]
 
 MARK = "\u2581"
-MARKING = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
 MARKED_MERGES = [("t", "h"), (MARK, "th"), (MARK + "th", "e"), ("o", "n"), (MARK, MARK), ("!", "!"), ("i", "n")]
 
 CHATML = (
@@ -73,17 +72,14 @@ def byte_tokenizer(
     )
 
 
-def marked_tokenizer(*, normal: Any = MARKING, split: Any = None, merges: Any = MARKED_MERGES) -> Any:
+def marked_tokenizer() -> Any:
     """BPE that writes a space as a mark; characters beyond ASCII become bytes."""
     letters = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), MARK, *map(chr, range(33, 127))]
-    words = [*letters, *("".join(pair) for pair in merges)]
+    words = [*letters, *("".join(pair) for pair in MARKED_MERGES)]
     vocabulary = {word: index for index, word in enumerate(words)}
-    model = models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    model = models.BPE(vocab=vocabulary, merges=MARKED_MERGES, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     backend = Tokenizer(model)
-    if normal is not None:
-        backend.normalizer = normal
-    if split is not None:
-        backend.pre_tokenizer = split
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL[2:]

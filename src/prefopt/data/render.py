@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.data.encoding import TextEncoder
+from prefopt.data.encoding import Ids, TextEncoder
 from prefopt.data.masks import assistant_mask
 from prefopt.data.messages import is_blank
-from prefopt.data.pieces import Ids
 from prefopt.data.prompts import common_prefix_length
 from prefopt.data.report import Status
 from prefopt.data.template import ChatRenderer, Rendering, joined, prompt_rendering
