@@ -10,7 +10,7 @@ from head_cases import MODES, STATISTICS, TRANSFORMS, VOCAB_SIZE, Case, make_cas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.scoring.head import function, plan, products, rows
+from prefopt.scoring.head import function, plan, products, rows, torch_rows
 from prefopt.scoring.head.factors import Factors
 from prefopt.scoring.head.function import factored_stats
 from prefopt.scoring.transforms import LogitTransform
@@ -203,7 +203,7 @@ def test_a_second_backward_pass() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_row_functions_in_two_passes(mode: str, transform: LogitTransform, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the head makes of a device's two row functions, tried with torch's."""
-    two_passes = rows.in_two_passes(rows.row_stats, rows.logit_gradients_)
+    two_passes = rows.in_two_passes(torch_rows.row_stats, torch_rows.logit_gradients_)
     monkeypatch.setattr(function, "row_functions", lambda device_type: two_passes)
     case = make_case("lora", frozen=mode == "frozen", dtype=torch.float32)
     stats = factored_stats(case.factors, case.targets, transform, STATISTICS, mode)  # type: ignore[arg-type]

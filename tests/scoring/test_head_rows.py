@@ -7,8 +7,9 @@ import torch
 from head_cases import STATISTICS, TRANSFORMS
 from torch import Tensor
 
-from prefopt.scoring.head import rows
-from prefopt.scoring.head.rows import RowStats, logit_gradients_, row_functions, row_stats, stats_and_gradients_
+from prefopt.scoring.head import torch_rows
+from prefopt.scoring.head.rows import RowStats, row_functions
+from prefopt.scoring.head.torch_rows import logit_gradients_, row_stats, stats_and_gradients_
 from prefopt.scoring.tokens import stats_of_logits
 from prefopt.scoring.transforms import LogitTransform
 
@@ -21,7 +22,7 @@ ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch
 
 @pytest.fixture(params=[1, 2, 100], ids=lambda count: f"blocks of {count}", autouse=True)
 def block_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "CPU_BLOCK_BYTES", request.param * VOCAB_SIZE * 4)
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", request.param * VOCAB_SIZE * 4)
 
 
 def make_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,21 @@ def test_gradients(dtype: torch.dtype, transform: LogitTransform) -> None:
     again = logits.clone()
     assert logit_gradients_(again, stats.lse, targets, scale, *arguments) is again
     torch.testing.assert_close(again.double(), gradients * scale[:, None].double(), **close)
+
+
+def test_tokens_that_a_model_rules_out() -> None:
+    """Logits of -inf add nothing to sums over probabilities; only the mean of the logits is -inf too."""
+    logits, targets = make_rows(torch.float32)
+    logits[:, 11:17] = -torch.inf
+    targets[(targets >= 11) & (targets < 17)] = 0
+    kept = [index for index in range(VOCAB_SIZE) if not 11 <= index < 17]
+    places = torch.tensor([kept.index(target) for target in targets.tolist()])
+    by_name, _ = expected(logits[:, kept], places, LogitTransform())
+    by_name["mean_logit"] = torch.full((NUM_ROWS,), -torch.inf)
+    assert_as_defined(row_stats(logits, targets, 1.0, None, STATISTICS), by_name)
+    stats, _ = stats_and_gradients_(logits, targets, 1.0, None, STATISTICS)
+    assert_as_defined(stats, by_name)
+    assert (logits[:, 11:17] == 0).all()
 
 
 def test_what_is_not_asked_for_is_not_there() -> None:

@@ -28,7 +28,7 @@ READS = {
     "bincount",
 }
 """Operators whose result, or its size, the host must know before it goes on."""
-CPU_CODE = "scoring/head/rows.py"
+CPU_CODE = "scoring/head/torch_rows.py"
 """Runs on a CPU in place of the CUDA kernel, and may look at values, which costs nothing there."""
 COPIES = ("tolist", "numpy", "__array__", "cpu")
 """Methods of tensors that copy to the host."""

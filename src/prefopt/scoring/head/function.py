@@ -94,6 +94,12 @@ class Job:
         stats = concatenate(parts)
         return stats.logps, *(getattr(stats, name) for name in self.statistics)
 
+    def outputs(self, ctx: Any, parts: list[RowStats]) -> tuple[Tensor, ...]:
+        """The columns as an autograd function returns them: the statistics have no gradient."""
+        columns = self.columns(parts)
+        ctx.mark_non_differentiable(*columns[1:])
+        return columns
+
 
 def tile_stats(job: Job, targets: Tensor, products: Products) -> list[RowStats]:
     """Statistics of the tokens that are not cached, tile by tile; nothing else is kept."""
@@ -114,9 +120,7 @@ class FrozenHead(torch.autograd.Function):
             gradients.add(tokens, logits, scale)
             parts.append(stats)
         ctx.save_for_backward(*gradients.of_inputs)
-        columns = job.columns(parts)
-        ctx.mark_non_differentiable(*columns[1:])
-        return columns
+        return job.outputs(ctx, parts)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -142,9 +146,7 @@ class TrainedHead(torch.autograd.Function):
         lse = torch.cat([part.lse for part in parts])
         ctx.job = job
         ctx.save_for_backward(targets, lse, gradients, scale, *tensors)
-        columns = job.columns(parts)
-        ctx.mark_non_differentiable(*columns[1:])
-        return columns
+        return job.outputs(ctx, parts)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -167,11 +167,15 @@ def row_stats_kernel(
     if log_sum_sq_prob_out is not None:
         tl.store(log_sum_sq_prob_out + row, tl.log(tl.sum(sum_exp_sq, 0)) - 2.0 * log_total)
     if is_top1_out is not None:
-        # The first block that reached the maximum is read again: cheaper than an argmax in every block.
-        places = top_start + lanes
-        at_top = transformed_logits(logits, places, VOCAB_SIZE, FACTOR, CAP) == top
-        first = tl.min(tl.where(at_top, places, VOCAB_SIZE), 0)
+        first = first_place_of(top, logits, top_start + lanes, VOCAB_SIZE, FACTOR, CAP)
         tl.store(is_top1_out + row, first == target)
+
+
+@triton.jit
+def first_place_of(top, logits, places, VOCAB_SIZE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr):
+    """Where the maximum is reached first. Its block is read again: cheaper than an argmax in every block."""
+    at_top = transformed_logits(logits, places, VOCAB_SIZE, FACTOR, CAP) == top
+    return tl.min(tl.where(at_top, places, VOCAB_SIZE), 0)
 
 
 @triton.jit
