@@ -9,6 +9,8 @@ from datasets import Dataset
 from independent import score, score_rows, sums
 from parity_harness import POLICY, REFERENCE, RELATIVE, build, padding_tokenizer, run
 from tiny_models import CHAT_TEMPLATE, conversational_rows, standard_rows, tiny_model, word_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.trl
 
@@ -35,6 +37,23 @@ def test_chat_data_of_cpo_ends_once() -> None:
     words = tokenizer(message, add_special_tokens=False)["input_ids"]
     assert theirs[-len(words) - 3 :] == [*words, eos, newline, eos]
     assert ours == [*words, eos, newline]
+
+
+def test_a_completion_starts_where_the_tokens_of_the_prompt_end() -> None:
+    """Of "xab" and "c" the tokens are x, a, b alone and x, abc together: TRL's CPO takes one token back, whatever
+    merged, and hides all of "abc" from the loss."""
+    merges = [("b", "c"), ("a", "bc")]
+    vocabulary = {token: index for index, token in enumerate(["</s>", *"abcdx", "bc", "abc"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    rows = dataset({"prompt": ["xab"] * 4, "chosen": ["cc"] * 4, "rejected": ["cd"] * 4})
+    arguments = rows | {"processing_class": tokenizer}
+    theirs = build("trl", "cpo", ONE_STEP, **arguments).train_dataset[0]
+    ours = build("prefopt", "cpo", ONE_STEP, **arguments).train_dataset[0]
+    x, c, abc, eos = tokenizer.convert_tokens_to_ids(["x", "c", "abc", "</s>"])
+    assert theirs["chosen_input_ids"][-4:] == [x, abc, c, eos]
+    assert theirs["chosen_labels"][-4:] == [-100, -100, c, eos]
+    assert (ours["prompt_ids"], ours["chosen_ids"]) == ([x], [abc, c, eos])
 
 
 def long_prompt() -> dict[str, list[str]]:
