@@ -10,10 +10,14 @@ import gc
 import json
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from workload import SHAPES, WORKLOADS, make_model, make_rows
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+from workload import SHAPES, WORKLOADS, Workload, make_model, make_rows
 
 
 def main() -> None:
@@ -52,41 +56,23 @@ def run(
         options: of the library's config.
         profile: write a table of operators to this file instead of timing.
     """
-    import torch
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # saturated sigmoids make denormals, which slow a CPU tenfold
-    kind = WORKLOADS[workload]
+    kind, clock = WORKLOADS[workload], Clock(device)
     processing_class = AutoTokenizer.from_pretrained(tokenizer)
     rows = make_rows(kind, Path(data), processing_class, (steps + warmup) * kind.pairs_per_step)
-    model = make_model(SHAPES[shape], dtype=dtype, device=device)
-    config_class, trainer_class = classes(library, kind.method)
-    config = config_class(
-        output_dir="/tmp/prefopt-benchmark",
-        per_device_train_batch_size=kind.pairs_per_step,
-        num_train_epochs=epochs,
-        max_length=kind.max_length,
-        logging_steps=10,
-        save_strategy="no",
-        train_sampling_strategy="sequential",  # every epoch the same steps
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device == "cpu",
-        bf16=dtype == "bfloat16",
+    config = {
+        **{"num_train_epochs": epochs, "use_cpu": device == "cpu", "bf16": dtype == "bfloat16"},
         **{**dict(kind.options), **(options or {})},
-    )
-    clock = Clock.callback(TrainerCallback, device)
-    # TRL loads the reference anew from the model's path, and this model has none
-    own_reference = {"ref_model": copy.deepcopy(model)} if library == "trl" and kind.method == "dpo" else {}
-    trainer = trainer_class(
-        model,
-        args=config,
+    }
+    trainer = make_trainer(
+        library,
+        kind,
+        make_model(SHAPES[shape], dtype=dtype, device=device),
+        config,
         train_dataset=Dataset.from_list(rows),
         processing_class=processing_class,
         callbacks=[clock],
-        **own_reference,
     )
     if profile is not None:
         return profiled(trainer, profile)
@@ -103,50 +89,53 @@ def run(
     }
 
 
+def make_trainer(library: str, kind: Workload, model: Any, config: dict[str, Any], **options: Any) -> Any:
+    config_class, trainer_class = classes(library, kind.method)
+    args = config_class(
+        output_dir="/tmp/prefopt-benchmark",
+        per_device_train_batch_size=kind.pairs_per_step,
+        max_length=kind.max_length,
+        logging_steps=10,
+        save_strategy="no",
+        train_sampling_strategy="sequential",  # every epoch the same steps
+        report_to="none",
+        disable_tqdm=True,
+        **config,
+    )
+    if library == "trl" and kind.method == "dpo":
+        options["ref_model"] = copy.deepcopy(model)  # TRL would load it from the model's path, and this one has none
+    return trainer_class(model, args=args, **options)
+
+
 def classes(library: str, method: str) -> tuple[Any, Any]:
-    if library == "prefopt":
-        import prefopt
-
-        return getattr(prefopt, f"{method.upper()}Config"), getattr(prefopt, f"{method.upper()}Trainer")
-    if method == "dpo":
-        from trl import DPOConfig, DPOTrainer
-
-        return DPOConfig, DPOTrainer
-    import importlib
-
-    module = importlib.import_module(f"trl.experimental.{method}")
+    modules = {"prefopt": "prefopt", "trl": "trl" if method == "dpo" else f"trl.experimental.{method}"}
+    module = import_module(modules[library])
     return getattr(module, f"{method.upper()}Config"), getattr(module, f"{method.upper()}Trainer")
 
 
-class Clock:
+class Clock(TrainerCallback):
     """Times optimizer steps, and takes the peak of memory within each above what is held between two."""
 
-    @staticmethod
-    def callback(base: type, device: str) -> Any:
-        class Timer(base):  # type: ignore[misc, valid-type]
-            def __init__(self) -> None:
-                self.seconds: list[float] = []
-                self.cpu_seconds: list[float] = []
-                self.peaks: list[int] = []
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.peaks: list[int] = []
 
-            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                self.held = reset_peak(device)
-                self.start, self.cpu_start = time.perf_counter(), time.process_time()
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.held = reset_peak(self.device)
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                peak = peak_memory(device)
-                self.seconds.append(time.perf_counter() - self.start)
-                self.cpu_seconds.append(time.process_time() - self.cpu_start)
-                self.peaks.append(peak - self.held)
-
-        return Timer()
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        peak = peak_memory(self.device)
+        self.seconds.append(time.perf_counter() - self.start)
+        self.cpu_seconds.append(time.process_time() - self.cpu_start)
+        self.peaks.append(peak - self.held)
 
 
 def reset_peak(device: str) -> int:
     """Start a new peak; the bytes held now."""
     if device != "cpu":
-        import torch
-
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -156,8 +145,6 @@ def reset_peak(device: str) -> int:
 
 def peak_memory(device: str) -> int:
     if device != "cpu":
-        import torch
-
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     return status("VmHWM")

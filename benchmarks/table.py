@@ -25,6 +25,8 @@ WORKLOAD_NAMES = {
     "batch_of_one": "DPO, one pair a step",
 }
 
+SIDES = {"prefopt": "", "prefopt cached": ", reference cached", "prefopt second epoch": ", second epoch"}
+
 
 def main() -> None:
     text = README.read_text()
@@ -43,50 +45,39 @@ def tables() -> str:
     return "\n".join(parts)
 
 
+def table(title: str, hardware: str, columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        [f"{title}, on {hardware.replace('-', ' ')}:", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
+    )
+
+
 def memory_table(result: dict[str, Any]) -> str:
-    lines = [
-        f"Peak memory of a step above weights and optimizer, on {spaced(result['hardware'])}:",
-        "",
-        "| workload | prefopt | prefopt, checkpointed | TRL plain |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for workload, measured in result["workloads"].items():
         peaks, ratios = measured["peak_mib"], measured["ratio_to_trl_plain"]
         own = [f"{peaks[side]:.0f} MiB ({ratios[side]:.2f}x)" for side in ("prefopt", "prefopt checkpointed")]
-        lines.append(f"| {WORKLOAD_NAMES[workload]} | {own[0]} | {own[1]} | {peaks['trl plain']:.0f} MiB |")
-    return "\n".join(lines) + "\n"
+        rows.append([WORKLOAD_NAMES[workload], *own, f"{peaks['trl plain']:.0f} MiB"])
+    columns = ["workload", "prefopt", "prefopt, checkpointed", "TRL plain"]
+    return table("Peak memory of a step above weights and optimizer", result["hardware"], columns, rows)
 
 
 def prepare_table(result: dict[str, Any]) -> str:
-    lines = [
-        f"Rows prepared per second of one processor, on {spaced(result['hardware'])}:",
-        "",
-        "| tokenizer | rows | prefopt | TRL | |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for tokenizer, kinds in result["tokenizers"].items():
         for kind, measured in kinds.items():
-            speed = measured["rows_per_cpu_second"]
-            ratio = times(measured["speedup"]["cpu"])
-            lines.append(f"| {tokenizer} | {kind} | {speed['prefopt']:.0f} | {speed['trl']:.0f} | {ratio} |")
-    return "\n".join(lines) + "\n"
+            speeds = [f"{measured['rows_per_cpu_second'][side]:.0f}" for side in ("prefopt", "trl")]
+            rows.append([tokenizer, kind, *speeds, times(measured["speedup"]["cpu"])])
+    columns = ["tokenizer", "rows", "prefopt", "TRL", ""]
+    return table("Rows prepared per second of one processor", result["hardware"], columns, rows)
 
 
 def startup_table(result: dict[str, Any]) -> str:
-    lines = [
-        f"Seconds of the processor to start, on {spaced(result['hardware'])}:",
-        "",
-        "| until | prefopt | TRL | |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for case, measured in result["cases"].items():
-        own, other = (measured["cpu_seconds"][side] for side in ("prefopt", "trl"))
-        lines.append(f"| {case} | {own:.1f} | {other:.1f} | {measured['ratio']['cpu']:.2f}x |")
-    return "\n".join(lines) + "\n"
-
-
-def spaced(hardware: str) -> str:
-    return hardware.replace("-", " ")
+        seconds = [f"{measured['cpu_seconds'][side]:.1f}" for side in ("prefopt", "trl")]
+        rows.append([case, *seconds, times(measured["ratio"]["cpu"], 2)])
+    return table("Seconds of the processor to start", result["hardware"], ["until", "prefopt", "TRL", ""], rows)
 
 
 def hardwares(prefix: str) -> list[str]:
@@ -102,39 +93,28 @@ def is_steps(result: dict[str, Any], prefix: str) -> bool:
 
 def steps_table(hardware: str, prefix: str) -> str:
     """One line a workload: pairs per second, and how many times TRL's."""
-    lines = [
-        f"Training steps on {spaced(hardware)}:",
-        "",
-        "| workload | median tokens: prompt, completions | pairs/s | TRL plain | TRL tuned | memory, of TRL plain |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for workload, label in WORKLOAD_NAMES.items():
         for result in (r for r in latest(f"{prefix}-{workload}") if r["hardware"] == hardware):
-            lines += [
-                steps_row(label + suffix, side, result)
-                for side, suffix in (
-                    ("prefopt", ""),
-                    ("prefopt cached", ", reference cached"),
-                    ("prefopt second epoch", ", second epoch"),
-                )
+            rows += [
+                [label + suffix, *steps_cells(side, result)]
+                for side, suffix in SIDES.items()
                 if side in result["pairs_per_second"]
             ]
-    return "\n".join(lines) + "\n"
+    columns = ["workload", "median tokens: prompt, completions", "pairs/s", "TRL plain", "TRL tuned"]
+    return table("Training steps", hardware, [*columns, "memory, of TRL plain"], rows)
 
 
-def steps_row(label: str, side: str, result: dict[str, Any]) -> str:
-    lengths = ", ".join(f"{part['median']:.0f}" for part in result["lengths"].values())
+def steps_cells(side: str, result: dict[str, Any]) -> list[str]:
     speedup, memory = result["speedup"], result["memory_ratio"]
     tuned = "trl tuned, cached" if side == "prefopt cached" else "trl tuned"
-    cells = [
-        label,
-        lengths,
+    return [
+        ", ".join(f"{part['median']:.0f}" for part in result["lengths"].values()),
         f"{result['pairs_per_second'][side]:.2f}",
         times(speedup.get(f"{side} / trl plain")),
         times(speedup.get(f"{side} / {tuned}")),
         times(memory.get(f"{side} / trl plain"), 2),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def times(ratio: float | None, digits: int = 1) -> str:
