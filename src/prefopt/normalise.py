@@ -3,6 +3,7 @@
 A pair loss is the mean over the pairs of one optimizer step, an NLL the mean over its tokens of one optimizer step,
 over all micro-batches and ranks. So each micro-batch contributes its *sum*, divided by the count of the *whole* step;
 a mean per micro-batch would weigh a token more where it has fewer neighbours. docs/normalisation.md proves it.
+A row's weight multiplies its pair and its tokens in the sum and in the count.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def local_counts(batches: Sequence[PreferenceBatch]) -> StepCounts:
     """What the micro-batches of one rank count in one optimizer step; the sum over ranks is the denominator.
 
     Args:
-        batches: this rank's micro-batches of the step. Dummies (pairs of weight 0) do not count.
+        batches: this rank's micro-batches of the step. A pair and its tokens count as often as its row's weight says,
+            dummies not at all.
 
     Returns:
         0-d tensors on the batches' device: no synchronisation.
@@ -30,7 +32,7 @@ def local_counts(batches: Sequence[PreferenceBatch]) -> StepCounts:
     num_micro_batches: Tensor | float = 0.0
     num_tokens: dict[Branch, Tensor | float] = {}
     for batch in batches:
-        weights = batch.pair_weights
+        weights = pair_counts(batch)
         num_pairs = num_pairs + weights.sum()
         num_micro_batches = num_micro_batches + micro_batch_weight(batch)
         for branch in batch.layout.branches:
@@ -42,14 +44,14 @@ def local_counts(batches: Sequence[PreferenceBatch]) -> StepCounts:
 def total(terms: LossTerms, batch: PreferenceBatch, counts: StepCounts) -> Tensor:
     """This micro-batch's share of the step's loss.
 
-    ``sum_i weight_i * sum(values_i * pair_weights) / count of the unit of i``
+    ``sum_i weight_i * sum(values_i * pair_counts) / count of the unit of i``
 
     Summed over the micro-batches and ranks of a step it is the loss of the step. Where gradients are averaged over
     ranks (DDP, FSDP), multiply it by their number.
 
     Args:
         terms: what the objective made of ``batch``.
-        batch: the micro-batch, for its weights.
+        batch: the micro-batch, for the weights of its pairs.
         counts: of the whole step, over all micro-batches and ranks.
 
     Returns:
@@ -66,20 +68,26 @@ def share(term: LossTerm, batch: PreferenceBatch, counts: StepCounts) -> Tensor:
         count = counts.num_tokens[branch_of(term)]
     else:
         count = counts.num_micro_batches
+    count = torch.as_tensor(count)
     # a step of dummies alone is 0, not 0 / 0
-    return term.weight * term_sum(term, batch)[0] / torch.as_tensor(count).clamp(min=1)
+    return term.weight * term_sum(term, batch)[0] / torch.where(count > 0, count, 1.0)
 
 
 def term_sum(term: LossTerm, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """([], []) the sum of a term over a micro-batch, without the term's weight, and the units it is over."""
     if term.unit == "pair":
-        weights = batch.pair_weights
+        weights = pair_counts(batch)
     elif term.unit == "token":
-        weights = batch.pair_weights[batch.layout.pair_index(branch_of(term))]
+        weights = pair_counts(batch)[batch.layout.pair_index(branch_of(term))]
     else:
         weights = micro_batch_weight(batch)
     # nan * 0 is nan: a dummy must not poison the sum, but stays in the graph, as every rank runs its backward
     return torch.where(weights > 0, term.values * weights, 0).sum(), weights.sum()
+
+
+def pair_counts(batch: PreferenceBatch) -> Tensor:
+    """[P] how often each pair counts in the loss: its row's weight, 1 where it has none, 0 for a dummy."""
+    return batch.pair_weights if batch.row_weights is None else batch.pair_weights * batch.row_weights
 
 
 def branch_of(term: LossTerm) -> Branch:
@@ -88,5 +96,5 @@ def branch_of(term: LossTerm) -> Branch:
 
 
 def micro_batch_weight(batch: PreferenceBatch) -> Tensor:
-    """[] 1 for a micro-batch of pairs, 0 for one of dummies."""
+    """[] 1 for a micro-batch of pairs, whatever the weights of their rows, 0 for one of dummies."""
     return (batch.pair_weights > 0).any().to(batch.pair_weights.dtype)

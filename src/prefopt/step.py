@@ -35,6 +35,7 @@ def preference_step(
     objective: Objective,
     *,
     aux_weight: float = 0.0,
+    learn: bool = True,
 ) -> StepResult:
     """The unreduced loss and the metrics of one micro-batch.
 
@@ -44,6 +45,7 @@ def preference_step(
         batch: P pairs on the policy's device.
         objective: the losses.
         aux_weight: weight of the mixture-of-experts load-balancing loss; 0 leaves it out.
+        learn: whether the objective's running reward shift takes in these pairs; dummies never enter it.
     """
     reference_stats = reference(batch) if reference is not None and objective.needs_reference else None
     scores = score(policy, batch, objective.statistics | LOGGED_STATISTICS, with_aux_loss=bool(aux_weight))
@@ -54,7 +56,8 @@ def preference_step(
         with_weights="log_sum_sq_prob" in objective.statistics,
         keep_tokens=True,
     )
-    terms = objective(policy_stats, reference_stats, learn=batch.num_model_tokens > 0)
+    learn = learn and batch.num_model_tokens > 0
+    terms = objective(policy_stats, reference_stats, target_margins=batch.target_margins, learn=learn)
     if scores.aux_loss is not None:
         aux = LossTerm("aux_loss", scores.aux_loss, unit="micro_batch", weight=aux_weight)
         terms = replace(terms, terms=(*terms.terms, aux))

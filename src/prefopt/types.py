@@ -23,15 +23,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Branch: TypeAlias = Literal["chosen", "rejected", "gold"]
+Branch: TypeAlias = Literal["chosen", "rejected", "gold", "rank_3", "rank_4", "rank_5", "rank_6", "rank_7", "rank_8"]
 Message: TypeAlias = dict[str, Any]
 Segment: TypeAlias = tuple[int, int, int, int]
-"""``(start, end, prefix_start, prefix_end)``: tokens start..end of a row see the prefix and, causally, themselves."""
+"""``(start, end, prefix_start, prefix_end)``: tokens start..end of a row see the prefix and, causally, themselves.
+
+After the segments of a row may come *blocks* ``(start, end, -1, -1)``: these tokens also see each other forwards.
+"""
 
 PAIR: tuple[Branch, Branch] = ("chosen", "rejected")
 TRIPLE: tuple[Branch, Branch, Branch] = ("chosen", "rejected", "gold")
 
-COLUMN_OF_BRANCH: dict[Branch, str] = {"chosen": "chosen", "rejected": "rejected", "gold": "reference"}
+RANKS: tuple[Branch, ...] = (*PAIR, "rank_3", "rank_4", "rank_5", "rank_6", "rank_7", "rank_8")
+"""The completions of a ranking, best to worst; a pair is a ranking of two."""
+
+COLUMN_OF_BRANCH: dict[Branch, str] = {**{rank: rank for rank in RANKS}, "gold": "reference"}
 """The dataset column a branch comes from; TRL's column for the gold completion is ``reference``."""
 
 Statistic: TypeAlias = Literal["entropy", "mean_logit", "is_top1", "log_sum_sq_prob"]
@@ -50,6 +56,8 @@ class PreferenceExample:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     ref_sum_logps: Mapping[Branch, float] | None = None
     """Reference log-probs the user supplies with the data (nats, summed over the completion)."""
+    images: Mapping[Branch, Sequence[Any]] = field(default_factory=dict)
+    """branch -> the images of its prompt and completion, in the order of their places; empty where there are none."""
 
     @property
     def is_conversational(self) -> bool:
@@ -67,6 +75,12 @@ class TokenizedExample:
     prompt_starts: Mapping[Branch, int] = field(default_factory=dict)
     """Index of the first prompt token a branch keeps; 0 where absent. Truncation at the start sets it per branch."""
     ref_sum_logps: Mapping[Branch, float] | None = None
+    images: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """``prompt`` or a branch -> its images, in the order in which their tokens stand in its ids."""
+    weight: float | None = None
+    """How often the pair counts in the loss; None: once."""
+    target_margin: float | None = None
+    """What the difference of the two rewards should exceed, no unit; None: 0."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,8 @@ class PreferenceBatch:
     model_inputs: Mapping[str, Tensor]
     """Keyword arguments of the model's forward: ``input_ids`` [R, T] and what the layout adds."""
     predict_from: Tensor
-    """[N] flat index into R * T of the position whose output predicts the token, int64."""
+    """[N] flat index into R * T of the position whose output predicts the token (of an encoder-decoder model: R * T of
+    its ``labels``), int64."""
     targets: Tensor
     """[N] token ids, int64."""
     layout: BranchLayout
@@ -126,7 +141,11 @@ class PreferenceBatch:
     keys: tuple[bytes, ...] | None = None
     """[P] the content of each pair in 16 bytes, by which a reference remembers it; None: it is not remembered."""
     segments: tuple[Segment, ...] | None = None
-    """K segments of a packed row: the content of its ``attention_mask``, on the host."""
+    """K segments and blocks of a packed row: the content of its ``attention_mask``, on the host."""
+    row_weights: Tensor | None = None
+    """[P] float32; how often each pair counts in the loss, as its row says; None: once each."""
+    target_margins: Tensor | None = None
+    """[P] float32; what is subtracted from each pair's difference of rewards, no unit; None: 0."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with every tensor on ``device``."""
@@ -224,7 +243,10 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Denominators of one optimizer step, over all its micro-batches and ranks (0-d tensors or numbers)."""
+    """Denominators of one optimizer step, over all its micro-batches and ranks (0-d tensors or numbers).
+
+    A pair and its tokens count as often as their row's weight says.
+    """
 
     num_pairs: Tensor | float
     num_tokens: Mapping[Branch, Tensor | float]

@@ -2,6 +2,7 @@
 
 from prefopt.batching.budget import TokenBudget
 from prefopt.batching.collators import DataCollatorForPreference, DataCollatorForTriplePreference, collated_batch
+from prefopt.batching.encoder_decoder import encoder_decoder_batch
 from prefopt.batching.lengths import GroupLengths, lengths_of_rows, lengths_of_set
 from prefopt.batching.packed import pack_batch, share_batch
 from prefopt.batching.padded import pad_batch
@@ -14,6 +15,7 @@ __all__ = [
     "GroupLengths",
     "TokenBudget",
     "collated_batch",
+    "encoder_decoder_batch",
     "lengths_of_rows",
     "lengths_of_set",
     "pack_batch",

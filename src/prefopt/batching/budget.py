@@ -2,18 +2,19 @@
 
 The tokens of a micro-batch are the positions that the model computes, so they depend on the batch layout:
 
-================= ==========================================================================================
-``shared_prompt`` each pair's prompt and completions; of a pair whose completions keep different parts of the
-                  prompt, the sequences apart
-``packed``        the complete sequences, the prompt once per completion
-``padded``        rows times the longest sequence, rounded up to a multiple
-================= ==========================================================================================
+=================== ========================================================================================
+``shared_prompt``   each pair's prompt and completions; of a pair whose completions keep different parts of the
+                    prompt, the sequences apart
+``packed``          the complete sequences, the prompt once per completion
+``padded``          rows times the longest sequence, rounded up to a multiple
+``encoder_decoder`` the same, for the rows of prompts and the rows of completions
+=================== ========================================================================================
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +50,21 @@ class TokenBudget:
         Returns:
             micro-batches of pair numbers 0..n-1, each ascending; every pair once.
         """
-        padded = self.layout == "padded"
-        sizes = group_tokens(lengths, self.layout, pad_to_multiple_of=self.pad_to_multiple_of)
-        packed = pack_evenly(sizes, self.tokens, num_ranks, padded=padded)
+        padded, multiple = self.layout == "padded", self.pad_to_multiple_of
+        sizes = group_tokens(lengths, self.layout, pad_to_multiple_of=multiple)
+        widths = encoder_decoder_widths(lengths, multiple) if self.layout == "encoder_decoder" else None
+
+        def pack(budget: int) -> list[list[int]]:
+            if widths is None:
+                return pack_by_budget(sizes, budget, padded=padded)
+            return cut_padded(from_the_longest(sizes), widths, budget)
 
         def from_the_largest(pairs: list[int]) -> tuple[int, list[int]]:
-            return -micro_batch_tokens([sizes[pair] for pair in pairs], padded=padded), pairs
+            if widths is None:
+                return -micro_batch_tokens([sizes[pair] for pair in pairs], padded=padded), pairs
+            return -padded_rows_tokens([widths[pair] for pair in pairs]), pairs
 
-        return sorted(map(sorted, packed), key=from_the_largest)
+        return sorted(map(sorted, pack_evenly(pack, self.tokens, num_ranks)), key=from_the_largest)
 
 
 def group_tokens(lengths: GroupLengths, layout: str, *, pad_to_multiple_of: int | None = None) -> list[int]:
@@ -65,6 +73,8 @@ def group_tokens(lengths: GroupLengths, layout: str, *, pad_to_multiple_of: int 
         return shared_tokens(lengths).tolist()
     if layout == "packed":
         return packed_tokens(lengths).tolist()
+    if layout == "encoder_decoder":
+        return [sum(widths) for widths in encoder_decoder_widths(lengths, pad_to_multiple_of)]
     return padded_tokens(lengths, pad_to_multiple_of).tolist()
 
 
@@ -86,23 +96,36 @@ def padded_tokens(lengths: GroupLengths, multiple: int | None) -> NDArray[np.int
     return lengths.completions.shape[1] * width
 
 
+def encoder_decoder_widths(lengths: GroupLengths, multiple: int | None) -> list[tuple[int, int]]:
+    """[n] of each pair the width of its prompt's row, and of its completions' rows together."""
+    multiple = multiple or 1
+    prompts = -(-np.maximum(lengths.prompts, 1) // multiple) * multiple
+    completions = -(-np.maximum(lengths.completions.max(1), 1) // multiple) * multiple
+    return list(zip(prompts.tolist(), (lengths.completions.shape[1] * completions).tolist(), strict=True))
+
+
+def padded_rows_tokens(widths: Sequence[tuple[int, ...]]) -> int:
+    """The tokens of a micro-batch of pairs whose parts, each padded to its widest, have these widths."""
+    return len(widths) * sum(map(max, zip(*widths, strict=True)))
+
+
 def micro_batch_tokens(sizes: Sequence[int], *, padded: bool) -> int:
     """The tokens of a micro-batch of pairs with these sizes; padding makes each as large as the largest."""
     return len(sizes) * max(sizes) if padded else sum(sizes)
 
 
-def pack_evenly(sizes: Sequence[int], budget: int, num_ranks: int, *, padded: bool) -> list[list[int]]:
+def pack_evenly(pack: Callable[[int], list[list[int]]], budget: int, num_ranks: int) -> list[list[int]]:
     """Pair numbers, packed within the budget into a number of rounds that best-fit decreasing finds.
 
     A smaller budget is looked for, by bisection, that does not take more rounds: with it the micro-batches are about
     equally large, and there is one for every rank where there are pairs enough.
     """
-    packed = pack_by_budget(sizes, budget, padded=padded)
+    packed = pack(budget)
     slots = -(-len(packed) // num_ranks) * num_ranks
     too_small, enough = 0, budget
     while enough - too_small > 1:
         middle = (too_small + enough) // 2
-        tried = pack_by_budget(sizes, middle, padded=padded)
+        tried = pack(middle)
         if len(tried) <= slots:
             packed, enough = tried, middle
         else:
@@ -118,8 +141,13 @@ def pack_by_budget(sizes: Sequence[int], budget: int, *, padded: bool) -> list[l
     >>> pack_by_budget([6, 5, 4, 3, 2], 10, padded=True)
     [[0], [1, 2], [3, 4]]
     """
-    decreasing = sorted(range(len(sizes)), key=lambda pair: (-sizes[pair], pair))
-    return cut_padded(decreasing, sizes, budget) if padded else best_fit(decreasing, sizes, budget)
+    decreasing = from_the_longest(sizes)
+    return cut_padded(decreasing, [(n,) for n in sizes], budget) if padded else best_fit(decreasing, sizes, budget)
+
+
+def from_the_longest(sizes: Sequence[int]) -> list[int]:
+    """Pair numbers by size, decreasing."""
+    return sorted(range(len(sizes)), key=lambda pair: (-sizes[pair], pair))
 
 
 def best_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -138,12 +166,22 @@ def best_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[li
     return packed
 
 
-def cut_padded(decreasing: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """As many neighbours in order of length as fit; no other cut of padded rows has fewer micro-batches."""
+def cut_padded(decreasing: Sequence[int], widths: Sequence[tuple[int, ...]], budget: int) -> list[list[int]]:
+    """As many neighbours in order of length as fit; no other cut of rows of one kind has fewer micro-batches.
+
+    Args:
+        decreasing: pair numbers by length.
+        widths: of the parts of each pair, which are padded apart.
+        budget: tokens of a micro-batch.
+    """
     packed: list[list[int]] = []
-    first = 0
-    while first < len(decreasing):
-        count = max(1, budget // sizes[decreasing[first]])
-        packed.append(list(decreasing[first : first + count]))
-        first += count
+    widest: tuple[int, ...] = ()
+    for pair in decreasing:
+        wider = tuple(map(max, widest, widths[pair]))
+        if packed and (len(packed[-1]) + 1) * sum(wider) <= budget:
+            packed[-1].append(pair)
+            widest = wider
+        else:
+            packed.append([pair])
+            widest = widths[pair]
     return packed

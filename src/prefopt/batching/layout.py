@@ -5,13 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.types import Branch, BranchLayout, TokenizedExample
 
-__all__ = ["CompletionSequence", "branch_layout", "completion_sequences", "reference_sums"]
+__all__ = ["CompletionSequence", "branch_layout", "completion_sequences", "pair_values", "reference_sums"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class CompletionSequence:
     completion_ids: np.ndarray
     scored: np.ndarray
     """Places of the scored tokens in ``prompt + completion``; each is predicted from the place before it."""
+    prompt_images: tuple[Any, ...] = ()
+    completion_images: tuple[Any, ...] = ()
 
     @property
     def ids(self) -> np.ndarray:
@@ -41,7 +44,9 @@ def completion_sequences(
             mask = example.loss_masks[branch]
             places = np.arange(len(mask)) if all(mask) else np.flatnonzero(mask)
             scored = places[places > 0] if len(prompt_ids) == 0 else places + len(prompt_ids)
-            yield CompletionSequence(prompt_ids, int64_array(example.completion_ids[branch]), scored)
+            completion_ids = int64_array(example.completion_ids[branch])
+            images = (tuple(example.images.get(part, ())) for part in ("prompt", branch))
+            yield CompletionSequence(prompt_ids, completion_ids, scored, *images)
 
 
 def int64_array(ids: Sequence[int]) -> np.ndarray:
@@ -73,3 +78,10 @@ def reference_sums(examples: Sequence[TokenizedExample]) -> dict[Branch, torch.T
         branch: torch.tensor([(example.ref_sum_logps or {})[branch] for example in examples], dtype=torch.float64)
         for branch in branches
     }
+
+
+def pair_values(values: Sequence[float | None], *, missing: float) -> torch.Tensor | None:
+    """[P] float32, with ``missing`` for the pairs that have no value; None where no pair has one."""
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([missing if value is None else value for value in values], dtype=torch.float32)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prefopt.types import COLUMN_OF_BRANCH, Branch
 
-__all__ = ["GroupLengths", "lengths_of_rows", "lengths_of_set"]
+__all__ = ["GroupLengths", "image_counts", "lengths_of_rows", "lengths_of_set"]
 
 Column: TypeAlias = Callable[[str], NDArray[np.int64]]
 """Name of a column -> [n] a number of each row."""
@@ -80,6 +80,15 @@ def lengths_of_table(table: Any, branches: Sequence[Branch]) -> GroupLengths:
         return np.asarray(table.column(column), dtype=np.int64)
 
     return measured(branches, length, start)
+
+
+def image_counts(dataset: Any) -> NDArray[np.int64]:
+    """[n] how many images each row of a prepared ``datasets.Dataset`` has, without reading them."""
+    if "images" not in dataset.column_names:
+        return np.zeros(len(dataset), dtype=np.int64)
+    tables = dataset.select_columns(["images"]).with_format("arrow").iter(READ_ROWS)
+    counts = [pc.call_function("list_value_length", [table.column("images")]) for table in tables]
+    return np.concatenate([np.asarray(column.fill_null(0), dtype=np.int64) for column in counts])
 
 
 def lengths_of_rows(rows: Sequence[Mapping[str, Any]], branches: Sequence[Branch]) -> GroupLengths:

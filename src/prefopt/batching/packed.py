@@ -8,6 +8,7 @@ Which position sees which is not a mask but a list of *segments* ``(start, end, 
 positions ``start..end`` see the prefix and, causally, themselves. The first completion follows its prompt, so the two
 are one segment without a prefix; the prompt is the prefix of the completions after it. The list travels to the
 attention function as the 4-D ``attention_mask`` (int64, [1, 1, segments, 4]); ``prefopt.scoring.attention`` reads it.
+Where the tokens of an image see each other in both directions, they follow as blocks ``(start, end, -1, -1)``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from prefopt.batching.images import Piece, VisionInputs
 from prefopt.batching.layout import CompletionSequence, completion_sequences
 from prefopt.batching.padded import make_batch
 from prefopt.types import Branch, PreferenceBatch, Segment, TokenizedExample
@@ -25,34 +27,43 @@ __all__ = ["pack_batch", "share_batch"]
 
 
 def pack_batch(
-    examples: Sequence[TokenizedExample], branches: Sequence[Branch], *, weight: float = 1.0
+    examples: Sequence[TokenizedExample],
+    branches: Sequence[Branch],
+    vision: VisionInputs | None = None,
+    *,
+    weight: float = 1.0,
 ) -> PreferenceBatch:
-    """The batch of P examples as one row of B * P complete sequences."""
+    """The batch of P examples as one row of B * P complete sequences, each with its own images."""
     sequences = list(completion_sequences(examples, branches))
     row = PackedRow()
     predict_from: list[np.ndarray] = []
     for sequence in sequences:
         start = len(row)
         predict_from.append(start + sequence.scored - 1)
-        row.add(sequence.ids, 0)
+        row.add(Piece(sequence.ids, sequence.ids[:0], (*sequence.prompt_images, *sequence.completion_images)))
         row.segments.append((start, len(row), start, start))
     return make_batch(
         examples,
         branches,
         sequences,
-        model_inputs=row.model_inputs(),
+        model_inputs=row.model_inputs(vision),
         predict_from=predict_from,
         weight=weight,
-        segments=row.segments,
+        segments=row.table(vision),
     )
 
 
 def share_batch(
-    examples: Sequence[TokenizedExample], branches: Sequence[Branch], *, weight: float = 1.0
+    examples: Sequence[TokenizedExample],
+    branches: Sequence[Branch],
+    vision: VisionInputs | None = None,
+    *,
+    weight: float = 1.0,
 ) -> PreferenceBatch:
     """The batch of P examples as one row of P groups ``[prompt | completion | completion ..]``.
 
-    A pair whose branches keep different parts of the prompt (truncation at the start) becomes separate sequences.
+    An image of a prompt is in it once. A pair whose branches keep different parts of the prompt (truncation at the
+    start) becomes separate sequences.
     """
     sequences = list(completion_sequences(examples, branches))
     row = PackedRow()
@@ -60,12 +71,12 @@ def share_batch(
     for pair in range(len(examples)):
         members = [branch * len(examples) + pair for branch in range(len(branches))]
         for group in sharing_groups(members, sequences):
-            prompt_ids = sequences[group[0]].prompt_ids
-            start = row.add(prompt_ids, 0)
+            prompt_ids, images = sequences[group[0]].prompt_ids, sequences[group[0]].prompt_images
+            start = row.add(Piece(prompt_ids, prompt_ids[:0], images))
             prompt_end = len(row)
             for member in group:
                 sequence = sequences[member]
-                own_start = row.add(sequence.completion_ids, len(prompt_ids))
+                own_start = row.add(Piece(sequence.completion_ids, prompt_ids, sequence.completion_images, images))
                 places = sequence.scored - len(prompt_ids)
                 predict_from[member] = np.where(places == 0, prompt_end, own_start + places) - 1
                 first = member == group[0]
@@ -76,10 +87,10 @@ def share_batch(
         examples,
         branches,
         sequences,
-        model_inputs=row.model_inputs(),
+        model_inputs=row.model_inputs(vision),
         predict_from=[predict_from[member] for member in range(len(sequences))],
         weight=weight,
-        segments=row.segments,
+        segments=row.table(vision),
     )
 
 
@@ -94,26 +105,41 @@ class PackedRow:
     """A row that pieces are added to."""
 
     def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
+        self.pieces: list[Piece] = []
         self.segments: list[Segment] = []
         self.length = 0
 
     def __len__(self) -> int:
         return self.length
 
-    def add(self, ids: np.ndarray, first_position: int) -> int:
-        """Add tokens whose position ids count from ``first_position``; where in the row they begin."""
+    def add(self, piece: Piece) -> int:
+        """Add a piece; where in the row it begins."""
         start = self.length
-        self.ids.append(ids)
-        self.positions.append(np.arange(first_position, first_position + len(ids)))
-        self.length += len(ids)
+        self.pieces.append(piece)
+        self.length += len(piece.ids)
         return start
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
+    def table(self, vision: VisionInputs | None) -> list[Segment]:
+        """The segments, and the blocks among them."""
+        blocks: list[Segment] = []
+        start = 0
+        for piece in self.pieces:
+            found = [] if vision is None else vision.blocks(piece.ids)
+            blocks += [(start + first, start + end, -1, -1) for first, end in found]
+            start += len(piece.ids)
+        return [*self.segments, *blocks]
+
+    def model_inputs(self, vision: VisionInputs | None) -> dict[str, torch.Tensor]:
         """The model's keyword arguments."""
-        return {
-            "input_ids": torch.from_numpy(np.concatenate(self.ids))[None],
-            "position_ids": torch.from_numpy(np.concatenate(self.positions))[None],
-            "attention_mask": torch.tensor(self.segments, dtype=torch.int64).view(1, 1, -1, 4),
+        ids = np.concatenate([piece.ids for piece in self.pieces])
+        inputs = {
+            "input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(np.concatenate([piece.positions for piece in self.pieces]))[None],
+            "attention_mask": torch.tensor(self.table(vision), dtype=torch.int64).view(1, 1, -1, 4),
         }
+        if vision is None:
+            return inputs
+        tensors = vision.tensors([image for piece in self.pieces for image in piece.images])
+        if (positions := vision.positions(self.pieces, tensors)) is not None:
+            inputs["position_ids"] = torch.from_numpy(np.concatenate(positions, axis=1))[:, None]
+        return {**inputs, **tensors, **vision.token_kinds(inputs["input_ids"])}

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from prefopt.batching.layout import CompletionSequence, branch_layout, completion_sequences, reference_sums
+from prefopt.batching.images import Piece, VisionInputs
+from prefopt.batching.layout import (
+    CompletionSequence,
+    branch_layout,
+    completion_sequences,
+    pair_values,
+    reference_sums,
+)
 from prefopt.types import Branch, PreferenceBatch, Segment, TokenizedExample
 
 __all__ = ["pad_batch"]
@@ -16,6 +23,7 @@ __all__ = ["pad_batch"]
 def pad_batch(
     examples: Sequence[TokenizedExample],
     branches: Sequence[Branch],
+    vision: VisionInputs | None = None,
     *,
     pad_token_id: int = 0,
     pad_to_multiple_of: int | None = None,
@@ -26,6 +34,7 @@ def pad_batch(
     Args:
         examples: P tokenised pairs.
         branches: the completions to compute.
+        vision: how images reach the model; None for a text model.
         pad_token_id: fills the rows; it is masked and changes no result.
         pad_to_multiple_of: T is rounded up to a multiple of it.
         weight: of every pair; 0 makes a dummy.
@@ -42,10 +51,29 @@ def pad_batch(
         examples,
         branches,
         sequences,
-        model_inputs={"input_ids": input_ids, "attention_mask": attention_mask},
+        model_inputs={
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            **({} if vision is None else padded_vision(vision, sequences, input_ids)),
+        },
         predict_from=predict_from,
         weight=weight,
     )
+
+
+def padded_vision(
+    vision: VisionInputs, sequences: Sequence[CompletionSequence], input_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What the images of R sequences add: row after row each image again, and positions where they count more than
+    tokens."""
+    pieces = [Piece(s.ids, s.ids[:0], (*s.prompt_images, *s.completion_images)) for s in sequences]
+    tensors = vision.tensors([image for piece in pieces for image in piece.images])
+    inputs = {**tensors, **vision.token_kinds(input_ids)}
+    if (positions := vision.positions(pieces, tensors)) is not None:
+        inputs["position_ids"] = torch.zeros((3, *input_ids.shape), dtype=torch.int64)
+        for row, found in enumerate(positions):
+            inputs["position_ids"][:, row, : found.shape[1]] = torch.from_numpy(found)
+    return inputs
 
 
 def padded_width(longest: int, multiple: int | None) -> int:
@@ -75,7 +103,9 @@ def make_batch(
         layout=branch_layout([len(sequence.scored) for sequence in sequences], branches),
         pair_weights=torch.full((len(examples),), weight, dtype=torch.float32),
         rows=tuple(example.row for example in examples),
-        num_model_tokens=sum(len(sequence) for sequence in sequences) if weight else 0,
+        num_model_tokens=sum(len(own) for own in sequences if len(own.completion_ids)) if weight else 0,
         ref_sum_logps=reference_sums(examples),
         segments=None if segments is None else tuple(segments),
+        row_weights=pair_values([example.weight for example in examples], missing=1.0),
+        target_margins=pair_values([example.target_margin for example in examples], missing=0.0),
     )

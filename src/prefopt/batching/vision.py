@@ -17,6 +17,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from prefopt.batching.collators import padded
 from prefopt.batching.padded import padded_width
 from prefopt.batching.vision_rows import RenderedRow, broken_row, rendered_row, shared_length
+from prefopt.data.images import image_token_ids
 from prefopt.types import PAIR, Branch
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
     Rows are prompt + chosen for every pair, then prompt + rejected, int64, padded on the right. What the processor
     makes of the images (``pixel_values``, ``image_grid_thw``, ..) is computed once per pair and listed for the chosen
     rows, then again for the rejected ones; ``token_type_ids`` and the like have the shape of ``input_ids``. Users call
-    it themselves: the trainers do not train on images yet, and data preparation refuses image columns.
+    it themselves: the trainers make batches of prepared rows, in which an image of a prompt stands once.
 
     A row has ``images`` (or one ``image``, or none) and ``prompt``, ``chosen``, ``rejected``: messages, or text that
     holds the processor's image tokens. It may have ``tools`` and ``chat_template_kwargs`` (objects or JSON text),
@@ -118,9 +119,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
 
     def _check_images_fit(self, row: RenderedRow, prompt_ids: Sequence[int]) -> None:
         """Raises ValueError where ``max_length`` would cut image tokens; unknown ones may be all of the prompt."""
-        processor: Any = self.processor
-        known = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
-        image_ids = {token for token in known if token is not None} or set(prompt_ids)
+        image_ids = image_token_ids(self.processor) or set(prompt_ids)
         end = max((place + 1 for place, token in enumerate(prompt_ids) if token in image_ids), default=0)
         if row.images and self.max_length is not None and self.max_length < end:
             problem = f"max_length={self.max_length} would cut its images, whose last token is number {end}"

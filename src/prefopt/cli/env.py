@@ -104,7 +104,11 @@ def _layouts_of(model: str) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from prefopt.scoring.capability import why_not_packed
+    from prefopt.scoring.encoder_decoder import is_encoder_decoder
 
+    config = AutoConfig.from_pretrained(model)
+    if is_encoder_decoder(config):
+        return "encoder_decoder (the only one of a model with two bodies)"
     with torch.device("meta"):
-        reason = why_not_packed(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
+        reason = why_not_packed(AutoModelForCausalLM.from_config(config))
     return "shared_prompt, packed, padded" if reason is None else f"padded ({reason})"

@@ -10,19 +10,22 @@ import tokenizers
 import transformers
 from datasets.fingerprint import Hasher
 
+from prefopt.data.images import has_images
 from prefopt.data.template import tokenizer_of
 
 __all__ = ["cache_key"]
 
 
 def cache_key(dataset: Any, processing_class: Any, *settings: Any) -> str:
-    """A fingerprint of the rows, the tokenizer's content, its templates, ``settings``, and the code that prepares.
+    """A fingerprint of the rows, the tokenizer's content, its templates, what a processor does with images,
+    ``settings``, and the code that prepares.
 
     Names and paths are not part of it: the same tokenizer under another path gives the same key.
     """
     hasher = Hasher()
     versions = (transformers.__version__, tokenizers.__version__)
-    for part in (dataset._fingerprint, _tokenizer_content(processing_class), settings, versions, _code()):
+    content = (_tokenizer_content(processing_class), _image_settings(processing_class))
+    for part in (dataset._fingerprint, content, settings, versions, _code()):
         hasher.update(part)
     return hasher.hexdigest()
 
@@ -37,6 +40,14 @@ def _tokenizer_content(processing_class: Any) -> list[Any]:
         vocabulary = (tokenizer.get_vocab(), {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"})
     templates = [getattr(part, "chat_template", None) for part in (processing_class, tokenizer)]
     return [type(tokenizer).__qualname__, vocabulary, templates, dict(tokenizer.special_tokens_map)]
+
+
+def _image_settings(processing_class: Any) -> Any:
+    """What decides how many tokens an image gets, and where: sizes, patches, markers."""
+    if not has_images(processing_class):
+        return None
+    settings = processing_class.to_dict()
+    return type(processing_class).__qualname__, settings, getattr(processing_class, "images_kwargs", None)
 
 
 def _code() -> list[bytes]:

@@ -9,24 +9,41 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
 
+from prefopt.data.pair_numbers import PAIR_NUMBERS
 from prefopt.data.report import Status
-from prefopt.types import COLUMN_OF_BRANCH, Branch, TokenizedExample
+from prefopt.types import COLUMN_OF_BRANCH, RANKS, TRIPLE, Branch, TokenizedExample
 
-__all__ = ["features", "prepared_columns", "prepared_row", "table"]
+__all__ = ["IMAGE_PARTS", "features", "prepared_columns", "prepared_row", "table"]
 
-_FEATURES = {"ids": List(Value("int32")), "mask": List(Value("bool")), "int": Value("int64"), "float": Value("float64")}
+_FEATURES = {
+    "ids": List(Value("int32")),
+    "mask": List(Value("bool")),
+    "int": Value("int64"),
+    "float": Value("float64"),
+    "images": List({"bytes": Value("binary"), "path": Value("string")}),
+}
+
+IMAGE_PARTS = ("prompt", *TRIPLE, *RANKS[2:])
+"""What an image of a prepared row belongs to, by its number in the column ``image_parts``."""
 
 
 def prepared_columns(
-    branches: Sequence[Branch], *, with_reference: bool = False, with_starts: bool = False, with_status: bool = False
+    branches: Sequence[Branch],
+    *,
+    with_reference: bool = False,
+    with_starts: bool = False,
+    with_status: bool = False,
+    with_images: bool = False,
+    numbers: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The columns of a prepared set -> ``ids``, ``mask``, ``int`` or ``float``."""
+    """The columns of a prepared set -> what each holds; ``numbers`` of `PAIR_NUMBERS`."""
     kinds = {"row": "int", "prompt_ids": "ids"}
     for column in (COLUMN_OF_BRANCH[branch] for branch in branches):
         kinds |= {f"{column}_ids": "ids", f"{column}_mask": "mask"}
         kinds |= {f"{column}_prompt_start": "int"} if with_starts else {}
     kinds |= {"ref_chosen_logps": "float", "ref_rejected_logps": "float"} if with_reference else {}
-    return kinds | ({"status": "int"} if with_status else {})
+    kinds |= {"images": "images", "image_parts": "ids"} if with_images else {}
+    return kinds | dict.fromkeys(numbers, "float") | ({"status": "int"} if with_status else {})
 
 
 def features(kinds: dict[str, str]) -> Features:
@@ -44,6 +61,10 @@ def prepared_row(example: TokenizedExample, status: Status) -> dict[str, Any]:
         row[f"{column}_prompt_start"] = example.prompt_starts.get(branch, 0)
     for branch, value in (example.ref_sum_logps or {}).items():
         row[f"ref_{branch}_logps"] = value
+    for column, name in PAIR_NUMBERS.items():
+        row[column] = getattr(example, name)
+    row["images"] = [image.stored for part in IMAGE_PARTS for image in example.images.get(part, ())]
+    row["image_parts"] = [number for number, part in enumerate(IMAGE_PARTS) for _ in example.images.get(part, ())]
     return row
 
 
@@ -73,4 +94,5 @@ _BUILDERS: dict[str, Callable[[Any], pa.Array]] = {
     "mask": lambda values: _lists(_mask, values),
     "int": lambda values: pa.array(values, pa.int64()),
     "float": lambda values: pa.array(values, pa.float64()),
+    "images": lambda values: pa.array(values, pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))),
 }

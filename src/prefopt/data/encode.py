@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from prefopt.data.columns import prepared_columns, prepared_row, table
+from prefopt.data.encoder_decoder import tokenize_apart, truncate_apart
 from prefopt.data.encoding import TextEncoder
+from prefopt.data.image_text import ImageReader, make_reader
+from prefopt.data.image_tokens import image_stretches
+from prefopt.data.images import has_images
 from prefopt.data.messages import is_blank
+from prefopt.data.pair_numbers import PAIR_NUMBERS, pair_numbers
+from prefopt.data.rankings import filled_up
 from prefopt.data.render import tokenize_examples
 from prefopt.data.report import PrepareReport, Status, skip_reason
 from prefopt.data.schema import known_columns, parse_row
 from prefopt.data.template import tokenizer_of
-from prefopt.data.truncate import TruncationMode, truncate, without_context_unscored
-from prefopt.types import Branch, PreferenceExample, TokenizedExample
+from prefopt.data.truncate import TruncationMode, can_stay_whole, truncate, without_context_unscored
+from prefopt.types import RANKS, Branch, PreferenceExample, TokenizedExample
 
 __all__ = ["RowEncoder", "refusal"]
 
@@ -36,6 +42,8 @@ class RowEncoder:
     name: str
     on_bad_row: str = "skip"
     report: PrepareReport | None = None
+    max_completion_length: int | None = None
+    """Of encoder-decoder models, whose prompts and completions are apart; None: they are one sequence."""
 
     def __call__(self, columns: Mapping[str, Sequence[Any]], row_numbers: Sequence[int]) -> Any:
         known = [name for name in columns if name in known_columns(self.branches)]
@@ -60,20 +68,29 @@ class RowEncoder:
             with_reference="ref_chosen_logps" in given,
             with_starts=self.max_length is not None and self.truncation_mode == "keep_end",
             with_status=self.report is None,
+            with_images=has_images(self.processing_class),
+            numbers=[column for column in PAIR_NUMBERS if column in given],
         )
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
         return TextEncoder(tokenizer_of(self.processing_class))
 
+    @cached_property
+    def _read_image(self) -> ImageReader | None:
+        return make_reader(self.processing_class) if self.max_completion_length is None else None
+
     def _encode(
         self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int]
     ) -> list[tuple[TokenizedExample, Status]]:
-        parsed = [parse_row(row, number, self.branches) for row, number in zip(rows, row_numbers, strict=True)]
+        numbers = [pair_numbers(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        numbered = zip(rows, row_numbers, strict=True)
+        parsed = [parse_row(row, number, self.branches, self._read_image) for row, number in numbered]
         status = [_status_of_text(item) if isinstance(item, PreferenceExample) else Status(0) for item in parsed]
         pairs = zip(parsed, status, strict=True)
         texts = [item for item, flags in pairs if isinstance(item, PreferenceExample) and not flags]
-        tokenized = iter(tokenize_examples(texts, self.processing_class, self._text_encoder))
+        tokenize = tokenize_examples if self.max_completion_length is None else tokenize_apart
+        tokenized = iter(tokenize(texts, self.processing_class, self._text_encoder))
         encoded: list[tuple[TokenizedExample, Status]] = []
         for item, flags in zip(parsed, status, strict=True):
             if flags:
@@ -82,20 +99,31 @@ class RowEncoder:
                 encoded.append(self._fit(*next(tokenized)))
             else:
                 encoded.append(self._fit(item, Status(0)))
-        return encoded
+        filled = [(filled_up(example, self.branches), flags) for example, flags in encoded]
+        return [(replace(example, **own), flags) for (example, flags), own in zip(filled, numbers, strict=True)]
 
     def _fit(self, example: TokenizedExample, status: Status) -> tuple[TokenizedExample, Status]:
         """The example within ``max_length``, and why there is nothing to learn from it, if so."""
         status |= _status_of_tokens(example, Status.EMPTY, Status.UNTRAINABLE, Status.EQUAL)
-        fitted = truncate(example, self.max_length, self.truncation_mode)
+        stretches = image_stretches(example, self._read_image) if self._read_image and example.images else {}
+        fitted = self._cut(example, stretches)
         if fitted is not example:
             status |= Status.TRUNCATED
-        scored = without_context_unscored(fitted)
+        if not all(can_stay_whole(own, self.max_length, self.truncation_mode) for own in stretches.values()):
+            status |= Status.IMAGES_CUT
+        scored = without_context_unscored(fitted) if self.max_completion_length is None else fitted
         if not skip_reason(status):
             cut = (Status.CUT_AWAY, Status.CUT_AWAY, Status.EQUAL_WHEN_CUT)
             whole = (Status.UNTRAINABLE, Status.UNTRAINABLE, Status.EQUAL)
             status |= _status_of_tokens(scored, *(whole if fitted is example else cut))
         return (_nothing(example, self.branches) if skip_reason(status) else scored), status
+
+    def _cut(self, example: TokenizedExample, whole: Mapping[Branch, tuple[int, int]]) -> TokenizedExample:
+        """The example within the limits; itself where it is."""
+        if self.max_completion_length is None:
+            return truncate(example, self.max_length, self.truncation_mode, whole)
+        limits = (self.max_length, self.truncation_mode, self.max_completion_length)
+        return truncate_apart(example, *limits, self._text_encoder.special_ends)
 
     def _is_kept(self, example: TokenizedExample, status: Status) -> bool:
         assert self.report is not None
@@ -124,7 +152,7 @@ def _nothing(example: PreferenceExample | TokenizedExample, branches: Sequence[B
 def _status_of_text(example: PreferenceExample) -> Status:
     if any(is_blank(completion) for completion in example.completions.values()):
         return Status.EMPTY
-    return Status.EQUAL if example.completions["chosen"] == example.completions["rejected"] else Status(0)
+    return Status.EQUAL if _are_alike(example, example.completions) else Status(0)
 
 
 def _status_of_tokens(example: TokenizedExample, empty: Status, untrainable: Status, equal: Status) -> Status:
@@ -135,4 +163,10 @@ def _status_of_tokens(example: TokenizedExample, empty: Status, untrainable: Sta
         return untrainable
 
     parts = (example.completion_ids, example.loss_masks, example.prompt_starts)
-    return equal if all(part.get("chosen") == part.get("rejected") for part in parts) else Status(0)
+    return equal if _are_alike(example, *parts) else Status(0)
+
+
+def _are_alike(example: PreferenceExample | TokenizedExample, *parts: Mapping[Branch, Any]) -> bool:
+    """Whether all that are ranked have the same in each of ``parts``, and the same images."""
+    ranks: list[Branch] = [branch for branch in parts[0] if branch in RANKS]
+    return all(part.get("chosen") == part.get(rank) for part in (*parts, example.images) for rank in ranks)

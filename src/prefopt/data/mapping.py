@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from prefopt.data.errors import bad_row, described, nearest
+from prefopt.data.images import undecoded
 from prefopt.types import Message
 
 __all__ = ["ColumnSource", "MessageFormat", "map_columns"]
@@ -70,6 +71,7 @@ def map_columns(
     """
     sources = {name: _source(name, entry) for name, entry in columns.items()}
     message_format = None if messages is None else from_entries(MessageFormat, messages, "messages")
+    dataset = undecoded(dataset)
     own = dataset.column_names or list(next(iter(dataset), {}))
     for name, source in sources.items():
         if own and source.column not in own:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from prefopt.data.messages import text_of
 from prefopt.data.prompts import common_prefix_length
 from prefopt.data.template import ChatRenderer
 from prefopt.types import Message, PreferenceExample
@@ -76,4 +77,4 @@ def _opened(
     """The text up to where the assistant's message number ``index`` begins."""
     if index:
         return renderer.render(messages[:index], example, column, add_generation_prompt=True)
-    return text[: max(text.find(messages[0]["content"].strip()), 0)]
+    return text[: max(text.find(text_of(messages[0]["content"]).strip()), 0)]

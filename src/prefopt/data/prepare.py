@@ -10,8 +10,10 @@ from uuid import uuid4
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.cache import cache_key
-from prefopt.data.columns import features, prepared_columns
+from prefopt.data.columns import IMAGE_PARTS, features, prepared_columns
 from prefopt.data.encode import RowEncoder, refusal
+from prefopt.data.images import decoded_image, undecoded
+from prefopt.data.pair_numbers import pair_numbers
 from prefopt.data.report import PrepareReport, skip_reason
 from prefopt.data.schema import check_columns
 from prefopt.data.truncate import TruncationMode
@@ -34,6 +36,8 @@ class PrepareOptions:
         truncation_mode: ``keep_start`` or ``keep_end``.
         num_proc: processes for sets that are not streamed.
         on_bad_row: what a row with nothing to learn from does: ``skip`` (counted and named) or ``error``.
+        max_completion_length: of an encoder-decoder model, whose prompts and completions are sequences of their own:
+            tokens of a completion that are kept, where ``max_length`` is the prompt's; ``None`` for other models.
     """
 
     branches: tuple[Branch, ...]
@@ -41,6 +45,7 @@ class PrepareOptions:
     truncation_mode: TruncationMode
     num_proc: int | None = None
     on_bad_row: Literal["skip", "error"] = "skip"
+    max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
@@ -60,7 +65,10 @@ def prepare_dataset(
 
     Columns: ``row`` (number in ``dataset``), ``prompt_ids``, and for every completion ``<c>_ids`` and ``<c>_mask``
     (which tokens are trained on), with ``keep_end`` also ``<c>_prompt_start`` (index into ``prompt_ids`` of the first
-    token kept for this completion), and ``ref_chosen_logps``, ``ref_rejected_logps`` where they were given.
+    token kept for this completion), and ``ref_chosen_logps``, ``ref_rejected_logps``, ``weight``, ``margin`` where they
+    were given. With a processor of images also ``images``, the row's images as ``{"bytes": .., "path": ..}``, and
+    ``image_parts``, for each of them what it belongs to: prompt (0), chosen (1), rejected (2), gold (3), the
+    third of a ranking (4) and so on.
 
     Args:
         dataset: rows in any format of docs/data.md.
@@ -94,10 +102,11 @@ def _prepare_rows(
     dataset: Dataset, columns: Sequence[str], processing_class: Any, options: PrepareOptions, name: str
 ) -> Dataset:
     settings = (options.branches, options.max_length, options.truncation_mode)
-    encode = RowEncoder(processing_class, *settings, name)
+    apart = options.max_completion_length
+    encode = RowEncoder(processing_class, *settings, name, max_completion_length=apart)
     # What is made of a set in memory is not cached, and writing out a large vocabulary for a key takes long
-    key = cache_key(dataset, processing_class, *settings) if dataset.cache_files else uuid4().hex
-    mapped = dataset.with_format(None).map(
+    key = cache_key(dataset, processing_class, *settings, apart) if dataset.cache_files else uuid4().hex
+    mapped = undecoded(dataset).map(
         encode,
         batched=True,
         batch_size=_BATCH_ROWS,
@@ -138,8 +147,9 @@ def _prepare_stream(
 ) -> IterableDataset:
     report = PrepareReport(name)
     settings = (options.branches, options.max_length, options.truncation_mode)
-    encode = RowEncoder(processing_class, *settings, name, options.on_bad_row, report)
-    stream = dataset.with_format(None).map(
+    apart = options.max_completion_length
+    encode = RowEncoder(processing_class, *settings, name, options.on_bad_row, report, apart)
+    stream = undecoded(dataset).map(
         encode,
         batched=True,
         batch_size=_STREAM_BATCH_ROWS,
@@ -175,4 +185,24 @@ def tokenized_example(row: Mapping[str, Any], branches: Sequence[Branch]) -> Tok
         loss_masks={branch: row[f"{column}_mask"] for branch, column in columns.items()},
         ref_sum_logps={"chosen": row["ref_chosen_logps"], "rejected": row["ref_rejected_logps"]} if given else None,
         prompt_starts={branch: row.get(f"{column}_prompt_start", 0) for branch, column in columns.items()},
+        images=_decoded_images(row, branches),
+        **pair_numbers(row, row.get("row", -1)),
     )
+
+
+def _decoded_images(row: Mapping[str, Any], branches: Sequence[Branch]) -> dict[str, list[Any]]:
+    """``prompt`` or a branch -> its images, RGB, for those that have any."""
+    images: dict[str, list[Any]] = {}
+    for stored, number in zip(row.get("images") or (), row.get("image_parts") or (), strict=True):
+        part = IMAGE_PARTS[number]
+        if part != "prompt" and part not in branches:
+            continue
+        try:
+            images.setdefault(part, []).append(decoded_image(stored))
+        except OSError as error:
+            place = f" ({stored['path']})" if stored.get("path") else ""
+            raise OSError(
+                f"row {row.get('row', -1)}: an image that was there when the data were prepared{place} cannot be read "
+                f"({type(error).__name__}: {error}). Keep image files where they are until training ends."
+            ) from error
+    return images

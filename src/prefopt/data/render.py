@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.data.encoding import Ids, TextEncoder
+from prefopt.data.image_text import expanded, make_reader
+from prefopt.data.image_tokens import divided
 from prefopt.data.masks import assistant_mask
 from prefopt.data.messages import is_blank
 from prefopt.data.prompts import common_prefix_length
@@ -27,7 +29,8 @@ class RenderedExample:
     """An example as text: what the tokenizer is given."""
 
     example: PreferenceExample
-    prompt: str
+    prompts: Mapping[Branch, str]
+    """branch -> the prompt alone; they differ where branches have other images."""
     texts: Mapping[Branch, str]
     """branch -> prompt and completion together."""
     conversations: Mapping[Branch, tuple[list[Message], int]]
@@ -43,15 +46,21 @@ def tokenize_examples(
     and the EOS token once; conversations are what the template renders, and nothing is added.
 
     Raises:
-        ValueError: the chat template fails on a row, which is named.
+        ValueError: the chat template fails on a row, or does not write its images; the row is named.
     """
-    renderer = ChatRenderer(processing_class)
-    rendered = _render_all(examples, renderer)
+    renderer, reader = ChatRenderer(processing_class), make_reader(processing_class)
+    rendered = _render_all(examples, renderer, "" if reader is None else reader.token)
     ids = _encode_all(rendered, encode)
-    return [_cut(item, *ids[index], renderer, encode) for index, item in enumerate(rendered)]
+    tokenized = [_cut(item, *ids[index], renderer, encode) for index, item in enumerate(rendered)]
+    if reader is None:
+        return tokenized
+    pairs = zip(examples, tokenized, strict=True)
+    return [(divided(tokens, example.images, reader), status) for example, (tokens, status) in pairs]
 
 
-def _render_all(examples: Sequence[PreferenceExample], renderer: ChatRenderer) -> list[RenderedExample]:
+def _render_all(
+    examples: Sequence[PreferenceExample], renderer: ChatRenderer, image_token: str
+) -> list[RenderedExample]:
     conversations = [_conversations(example) for example in examples]
     wanted: list[Rendering] = []
     for example, sides in zip(examples, conversations, strict=True):
@@ -64,11 +73,21 @@ def _render_all(examples: Sequence[PreferenceExample], renderer: ChatRenderer) -
         if sides:
             whole: dict[Branch, str] = {branch: next(texts) for branch in sides}
             # No template is asked to render a conversation of nothing
-            rendered.append(RenderedExample(example, next(texts) if prompt else "", whole, sides))
+            opened = next(texts) if prompt else ""
+            prompts = _written(dict.fromkeys(whole, opened), example, image_token)
         else:
-            whole = {branch: prompt + completion for branch, completion in example.completions.items()}
-            rendered.append(RenderedExample(example, prompt, whole, {}))
+            said: dict[Branch, str] = {b: prompt + completion for b, completion in example.completions.items()}
+            whole = _written(said, example, image_token)
+            prompts = _written(dict.fromkeys(said, str(prompt)), example, image_token)
+        rendered.append(RenderedExample(example, prompts, whole, sides))
     return rendered
+
+
+def _written(texts: dict[Branch, str], example: PreferenceExample, image_token: str) -> dict[Branch, str]:
+    """The texts with what the processor writes in the places of each branch's images."""
+    if not example.images:
+        return texts
+    return {branch: expanded(text, image_token, example.images.get(branch, ())) for branch, text in texts.items()}
 
 
 def _conversations(example: PreferenceExample) -> dict[Branch, tuple[list[Message], int]]:
@@ -80,35 +99,45 @@ def _conversations(example: PreferenceExample) -> dict[Branch, tuple[list[Messag
     return {branch: joined(prompt, completion) for branch, completion in completions.items()}
 
 
-def _encode_all(rendered: Sequence[RenderedExample], encode: TextEncoder) -> list[tuple[Ids, dict[Branch, Ids]]]:
-    """For each example the ids of its prompt and of prompt + completion per branch."""
-    ids: dict[int, tuple[Ids, dict[Branch, Ids]]] = {}
+def _encode_all(
+    rendered: Sequence[RenderedExample], encode: TextEncoder
+) -> list[tuple[dict[Branch, Ids], dict[Branch, Ids]]]:
+    """For each example the ids of its prompt and of prompt + completion, per branch."""
+    ids: dict[int, tuple[dict[Branch, Ids], dict[Branch, Ids]]] = {}
     for is_conversational in (False, True):
         finish = _conversation_ends if is_conversational else _text_ends
         indices = [i for i, item in enumerate(rendered) if item.example.is_conversational == is_conversational]
-        families = [(rendered[i].prompt, list(rendered[i].texts.values())) for i in indices]
-        encoded = encode.families(families, add_special_tokens=not is_conversational)
-        for i, (prompt_ids, others) in zip(indices, encoded, strict=True):
-            branch_ids: dict[Branch, Ids] = dict(zip(rendered[i].texts, others, strict=True))
-            ids[i] = finish(rendered[i], prompt_ids, branch_ids, encode.tokenizer)
+        groups = [(i, branches) for i in indices for branches in _with_same_prompt(rendered[i])]
+        prompts = [rendered[i].prompts[branches[0]] for i, branches in groups]
+        texts = [[rendered[i].texts[branch] for branch in branches] for i, branches in groups]
+        encoded = encode.families(list(zip(prompts, texts, strict=True)), add_special_tokens=not is_conversational)
+        for (i, branches), prompt, (prompt_ids, others) in zip(groups, prompts, encoded, strict=True):
+            prompt_ids, others = finish(prompt, prompt_ids, others, encode.tokenizer)
+            of_prompts, of_texts = ids.setdefault(i, ({}, {}))
+            of_prompts |= dict.fromkeys(branches, prompt_ids)
+            of_texts |= zip(branches, others, strict=True)
     return [ids[i] for i in range(len(rendered))]
 
 
-def _text_ends(
-    item: RenderedExample, prompt_ids: Ids, branch_ids: dict[Branch, Ids], tokenizer: Any
-) -> tuple[Ids, dict[Branch, Ids]]:
+def _with_same_prompt(item: RenderedExample) -> list[list[Branch]]:
+    """The branches by the text of their prompt, which is nearly always one."""
+    groups: dict[str, list[Branch]] = {}
+    for branch, prompt in item.prompts.items():
+        groups.setdefault(prompt, []).append(branch)
+    return list(groups.values())
+
+
+def _text_ends(prompt: str, prompt_ids: Ids, texts_ids: Sequence[Ids], tokenizer: Any) -> tuple[Ids, Sequence[Ids]]:
     """BOS once at the start and EOS once at the end, whether the text or the tokenizer wrote them or nobody."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is not None:
-        branch_ids = {branch: _without_end(ids, eos) + array("i", [eos]) for branch, ids in branch_ids.items()}
-        if not item.prompt.endswith(tokenizer.eos_token):
+        texts_ids = [_without_end(ids, eos) + array("i", [eos]) for ids in texts_ids]
+        if not prompt.endswith(tokenizer.eos_token):
             prompt_ids = _without_end(prompt_ids, eos)
     if bos is None:
-        return prompt_ids, branch_ids
-    needs_bos = not item.prompt or begins_with(prompt_ids, bos)
-    return _with_start(prompt_ids, bos, needs_bos), {
-        branch: _with_start(ids, bos, needs_bos) for branch, ids in branch_ids.items()
-    }
+        return prompt_ids, texts_ids
+    needs_bos = not prompt or begins_with(prompt_ids, bos)
+    return _with_start(prompt_ids, bos, needs_bos), [_with_start(ids, bos, needs_bos) for ids in texts_ids]
 
 
 def begins_with(ids: Ids, token: int) -> bool:
@@ -130,33 +159,41 @@ def _with_start(ids: Ids, token: int, needed: bool) -> Ids:
 
 
 def _conversation_ends(
-    item: RenderedExample, prompt_ids: Ids, branch_ids: dict[Branch, Ids], tokenizer: Any
-) -> tuple[Ids, dict[Branch, Ids]]:
+    prompt: str, prompt_ids: Ids, texts_ids: Sequence[Ids], tokenizer: Any
+) -> tuple[Ids, Sequence[Ids]]:
     """What the template renders; an empty prompt is the BOS, where the template begins with one."""
     bos = tokenizer.bos_token_id
-    if not item.example.prompt and bos is not None and all(begins_with(ids, bos) for ids in branch_ids.values()):
-        return array("i", [bos]), branch_ids
-    return prompt_ids, branch_ids
+    if not prompt and bos is not None and all(begins_with(ids, bos) for ids in texts_ids):
+        return array("i", [bos]), texts_ids
+    return prompt_ids, texts_ids
 
 
 def _cut(
     item: RenderedExample,
-    prompt_ids: Ids,
-    branch_ids: dict[Branch, Ids],
+    prompts_ids: Mapping[Branch, Ids],
+    texts_ids: Mapping[Branch, Ids],
     renderer: ChatRenderer,
     encode: TextEncoder,
 ) -> tuple[TokenizedExample, Status]:
     """Prompt and completions apart, with their loss masks."""
-    cut = min(common_prefix_length(prompt_ids, ids) for ids in branch_ids.values())
-    status = Status.MERGED if cut < len(prompt_ids) else Status(0)
+    prompt_ids = next(iter(prompts_ids.values()))
+    cut = min(common_prefix_length(prompt_ids, ids) for ids in texts_ids.values())
+    ends: dict[Branch, int] = dict.fromkeys(texts_ids, cut)
+    merged = cut < len(prompt_ids)
+    if any(ids is not prompt_ids for ids in prompts_ids.values()):
+        # What a branch has of its own prompt after the cut, where its images are others, is not trained on
+        ends = {branch: common_prefix_length(ids, texts_ids[branch]) for branch, ids in prompts_ids.items()}
+        merged = any(end < len(prompts_ids[branch]) for branch, end in ends.items())
+    status = Status.MERGED if merged else Status(0)
     if not item.conversations and _says_only_eos(item.example, encode.tokenizer.eos_token):
         status |= Status.EMPTY
     masks: dict[Branch, list[bool]] = {}
-    for branch, ids in branch_ids.items():
-        mask = _loss_mask(item, branch, ids, cut, renderer, encode)
+    for branch, ids in texts_ids.items():
+        end = max(ends[branch], cut)
+        mask = _loss_mask(item, branch, ids, end, renderer, encode)
         status |= Status.REWRITTEN if mask is None else Status(0)
-        masks[branch] = mask if mask is not None else [True] * (len(ids) - cut)
-    completion_ids: dict[Branch, Ids] = {branch: ids[cut:] for branch, ids in branch_ids.items()}
+        masks[branch] = [False] * (end - cut) + (mask if mask is not None else [True] * (len(ids) - end))
+    completion_ids: dict[Branch, Ids] = {branch: texts_ids[branch][cut:] for branch in item.texts}
     tokens = TokenizedExample(
         row=item.example.row,
         prompt_ids=prompt_ids[:cut],

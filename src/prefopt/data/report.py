@@ -24,12 +24,14 @@ class Status(IntFlag):
     MERGED = 32
     REWRITTEN = 64
     TRUNCATED = 128
+    IMAGES_CUT = 256
 
 
 SKIPPED = {
     Status.EMPTY: "empty completion",
     Status.EQUAL: "chosen equal to rejected",
     Status.UNTRAINABLE: "no token to train on (no assistant turn, or a single token without a prompt)",
+    Status.IMAGES_CUT: "images that do not fit within max_length",
     Status.CUT_AWAY: "no completion token left within max_length",
     Status.EQUAL_WHEN_CUT: "chosen equal to rejected within max_length",
 }
@@ -125,7 +127,8 @@ class PrepareReport:
         if not self.num_rows:
             raise ValueError(f"{self.name} data: the data set is empty. Give one with at least one row.")
         reasons = "; ".join(f"{len(rows)} x {reason} ({named(rows)})" for reason, rows in self.skipped.items())
-        hint = " Raise max_length." if SKIPPED[Status.CUT_AWAY] in self.skipped else ""
+        too_long = {SKIPPED[Status.CUT_AWAY], SKIPPED[Status.IMAGES_CUT]}
+        hint = " Raise max_length." if too_long & self.skipped.keys() else ""
         raise ValueError(f"{self.name} data: none of the {self.num_rows} rows can be trained on: {reasons}.{hint}")
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.errors import bad_row
-from prefopt.data.messages import with_object_arguments
-from prefopt.types import Message, PreferenceExample
+from prefopt.data.image_text import expanded
+from prefopt.data.images import image_token
+from prefopt.data.messages import follow_on, parts_of, with_object_arguments
+from prefopt.types import COLUMN_OF_BRANCH, Message, PreferenceExample
 
 __all__ = ["ChatRenderer", "Rendering", "joined", "prompt_rendering", "tokenizer_of"]
 
@@ -31,7 +33,7 @@ def joined(prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[li
     if not continues(prompt, completion):
         return [*prompt, *completion], len(prompt)
     last, first = prompt[-1], completion[0]
-    message = {**last, **first, "content": last["content"] + first["content"]}
+    message = {**last, **first, "content": follow_on(last["content"], first["content"])}
     return [*prompt[:-1], message, *completion[1:]], len(prompt) - 1
 
 
@@ -70,13 +72,21 @@ def prompt_rendering(example: PreferenceExample) -> Rendering:
 
 @dataclass(frozen=True)
 class ChatRenderer:
-    """Renders messages with the template of ``processing_class``; errors name the row."""
+    """Renders messages with the template of ``processing_class``; errors name the row.
+
+    The text of a completion's column has in the places of its images what the processor writes there; that of the
+    prompt alone keeps the places, since branches may have other images.
+    """
 
     processing_class: Any
 
     def render(self, messages: Sequence[Message], example: PreferenceExample, column: str, **options: Any) -> str:
         """The text of ``messages``; ``column`` is the one an error names."""
-        return self._apply(messages, example, column, tokenize=False, **options)
+        return self._expanded(self._apply(messages, example, column, tokenize=False, **options), example, column)
+
+    def _expanded(self, text: str, example: PreferenceExample, column: str) -> str:
+        own = next((example.images[branch] for branch in example.images if COLUMN_OF_BRANCH[branch] == column), None)
+        return expanded(text, image_token(self.processing_class), own) if own else text
 
     def render_all(self, wanted: Sequence[Rendering]) -> list[str]:
         """The text of each; those for which the template is given messages alone are rendered in one call."""
@@ -84,10 +94,10 @@ class ChatRenderer:
         for options in ({}, {"add_generation_prompt": True}):
             indices = [i for i, item in enumerate(wanted) if item.options == options and item.has_messages_alone]
             texts |= zip(indices, self._render_together([wanted[i].messages for i in indices], options), strict=False)
-        return [
-            texts[i] if i in texts else self.render(item.messages, item.example, item.column, **item.options)
-            for i, item in enumerate(wanted)
-        ]
+        for i, item in enumerate(wanted):
+            if i not in texts:
+                texts[i] = self._apply(item.messages, item.example, item.column, tokenize=False, **item.options)
+        return [self._expanded(texts[i], item.example, item.column) for i, item in enumerate(wanted)]
 
     def _render_together(self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]) -> Sequence[str]:
         """The text of each conversation; nothing where the tokenizer fails on one or has a way of its own."""
@@ -146,4 +156,4 @@ class ChatRenderer:
         """The messages as the template takes them: those of vision-language models take the content as parts."""
         if tokenizer_of(self.processing_class) is self.processing_class:
             return list(messages)
-        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return [{**message, "content": parts_of(message["content"])} for message in messages]

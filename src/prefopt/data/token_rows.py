@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from prefopt.data.errors import bad_row, described
+from prefopt.data.image_text import ImageReader, PictureReader, RowImage
+from prefopt.data.image_tokens import divided
 from prefopt.data.prompts import common_prefix_length
 from prefopt.types import COLUMN_OF_BRANCH, Branch, TokenizedExample
 
@@ -25,12 +27,18 @@ def _column(columns: Collection[str], name: str) -> str | None:
 
 
 def parse_tokens(
-    row: Mapping[str, Any], row_number: int, branches: Sequence[Branch], ref_sum_logps: Mapping[Branch, float] | None
+    row: Mapping[str, Any],
+    row_number: int,
+    branches: Sequence[Branch],
+    ref_sum_logps: Mapping[Branch, float] | None,
+    images: Mapping[str, Sequence[RowImage]],
+    read_image: PictureReader | None,
 ) -> TokenizedExample:
-    """The row's ids as they are: nothing is added, every completion token is trained on.
+    """The row's ids as they are: nothing is added, every completion token is trained on but those of images.
 
     With a column ``<side>_labels`` beside the ids (the older TRL spelling) ``<side>_input_ids`` is prompt and
     completion in one; then what the prompt shares with it is cut off, and labels of -100 are not trained on.
+    The ids hold the tokens of ``images``, as many as the processor makes of them.
     """
     prompt_ids = _token_ids(row, row_number, "prompt")
     sequences: dict[Branch, list[int]] = {
@@ -48,7 +56,10 @@ def parse_tokens(
         if len(masks[branch]) != len(ids):
             column = f"{COLUMN_OF_BRANCH[branch]}_labels"
             raise bad_row(row_number, column, "there are not as many labels as ids", "Give one label per token.")
-    return TokenizedExample(row_number, prompt_ids, sequences, masks, ref_sum_logps=ref_sum_logps)
+    tokens = TokenizedExample(row_number, prompt_ids, sequences, masks, ref_sum_logps=ref_sum_logps)
+    if not isinstance(read_image, ImageReader):
+        return tokens
+    return divided(tokens, {branch: images.get(branch) or images.get("", []) for branch in branches}, read_image)
 
 
 def _token_ids(row: Mapping[str, Any], row_number: int, name: str) -> list[int]:

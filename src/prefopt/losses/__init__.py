@@ -7,6 +7,7 @@ are here, by what they take:
 - `pointwise`: both log-ratios (nca_pair, bco_pair, sppo_hard, apo_zero, apo_down);
 - `transport`: the same, sorted within the micro-batch (aot, aot_unpaired);
 - `reference_free`: the margin of mean log-probs (simpo, tpo_l);
+- `rankings`: the pairs of more than two completions (mean_over_pairs, plackett_luce);
 - `nll`: the tokens of one completion (sft, and the term of CPO and TPO).
 
 `divergences` and `transforms` change what goes in; `running` keeps BCO's shift. Which name of a config means which
@@ -18,6 +19,7 @@ from prefopt.losses.logistic import smoothed_logistic
 from prefopt.losses.nll import nll
 from prefopt.losses.pairwise import discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm
 from prefopt.losses.pointwise import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from prefopt.losses.rankings import mean_over_pairs, plackett_luce
 from prefopt.losses.reference_free import simpo, tpo_l
 from prefopt.losses.running import RewardShift
 from prefopt.losses.transforms import alpha_shape, ld_token_weights, wpo_token_log_weights
@@ -40,8 +42,10 @@ __all__ = [
     "ipo",
     "js_divergence",
     "ld_token_weights",
+    "mean_over_pairs",
     "nca_pair",
     "nll",
+    "plackett_luce",
     "reverse_kl",
     "robust",
     "sigmoid",

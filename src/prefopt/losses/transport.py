@@ -1,6 +1,6 @@
 """AOT: losses of sorted values, which make one distribution of rewards dominate the other.
 
-They are functions of the micro-batch: each element's partner is found by sorting among the P pairs.
+Each element's partner is found by sorting among the P pairs, which are those of a whole optimizer step.
 """
 
 from __future__ import annotations

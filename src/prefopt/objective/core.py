@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,52 +14,16 @@ from prefopt import losses
 from prefopt.losses import RewardShift
 from prefopt.objective.inputs import Inputs, Score, Stats, log_ratio, mean_log_prob_margin
 from prefopt.objective.options import Method, ObjectiveOptions
+from prefopt.objective.rankings import RANKINGS, as_pair, mean_of_others
 from prefopt.objective.rules import canonical_names, objective_mistakes
-from prefopt.objective.tables import LOSSES, TOKEN_LOSSES, Weigh, divergence
-from prefopt.types import PAIR, TRIPLE, Branch, LossTerm, LossTerms, Statistic
+from prefopt.objective.tables import LOSSES, TOKEN_LOSSES, divergence
+from prefopt.objective.terms import PairLoss, RankedLoss, TokenLoss
+from prefopt.types import PAIR, RANKS, Branch, LossTerms, Statistic
 
 __all__ = ["Objective", "build_objective"]
 
 Report = Callable[[Stats, Stats], tuple[dict[Branch, Tensor], dict[Branch, Tensor]]]
 """(policy, reference) -> rewards and log-probs of each side, [P]."""
-
-
-@dataclass(frozen=True)
-class PairLoss:
-    """A loss of P pairs with its options bound."""
-
-    name: str
-    weight: float
-    loss: Callable[..., Tensor]
-    takes: Inputs
-    score: Score
-    weigh: Weigh | None
-    """WPO's weight of each element; None: off."""
-
-    def term(self, policy: Stats, reference: Stats) -> LossTerm:
-        inputs = self.takes(policy, reference, self.score)
-        values = self.loss(*inputs)
-        if self.weigh is not None:
-            values = values * self.weigh(inputs, log_weight(policy, "chosen"), log_weight(policy, "rejected"))
-        return LossTerm(self.name, values, unit="pair", weight=self.weight)
-
-
-@dataclass(frozen=True)
-class TokenLoss:
-    """The NLL of the tokens of one branch. LD-DPO's and WPO's weights do not touch it."""
-
-    name: str
-    weight: float
-    branch: Branch
-
-    def term(self, policy: Stats, reference: Stats) -> LossTerm:
-        token_logps = policy[self.branch].token_logps
-        if token_logps is None:
-            raise ValueError(
-                f"The loss {self.name!r} needs the token log-probs of the {self.branch} completions, which were not "
-                "kept: call sequence_stats with keep_tokens=True (Objective.needs_tokens)."
-            )
-        return LossTerm(self.name, losses.nll(token_logps), unit="token", weight=self.weight, branch=self.branch)
 
 
 @dataclass(frozen=True)
@@ -71,7 +35,7 @@ class Objective:
 
     method: Method
     names: tuple[str, ...]
-    losses: tuple[PairLoss | TokenLoss, ...]
+    losses: tuple[PairLoss | RankedLoss | TokenLoss, ...]
     report: Report
     needs_reference: bool
     branches: tuple[Branch, ...]
@@ -83,6 +47,8 @@ class Objective:
     """The completion whose NLL is logged; None: no NLL in the loss."""
     reward_shift: RewardShift | None = None
     """State of ``bco_pair`` with its shift: save it with the checkpoint."""
+    ranks: tuple[Branch, ...] = PAIR
+    """The completions of a ranking, best to worst; a row may lack the last ones."""
 
     @property
     def logs_nll(self) -> bool:
@@ -94,17 +60,36 @@ class Objective:
         return any(isinstance(loss, TokenLoss) for loss in self.losses)
 
     @property
-    def micro_batch_losses(self) -> tuple[str, ...]:
-        """The losses that are functions of a micro-batch, so that its size changes them."""
-        shifted = ("bco_pair",) if self.reward_shift is not None else ()
-        return tuple(name for name in self.names if name in ("aot", "aot_unpaired", *shifted))
+    def sorted_losses(self) -> tuple[str, ...]:
+        """The losses that sort all pairs of a step, so that a pair has none of its own."""
+        return tuple(name for name in self.names if name in ("aot", "aot_unpaired"))
 
-    def __call__(self, policy: Stats, reference: Stats | None = None, *, learn: bool = True) -> LossTerms:
+    @property
+    def shifted_losses(self) -> tuple[str, ...]:
+        """The losses that take a mean of rewards, those of the step among them."""
+        return tuple(name for name in self.names if name == "bco_pair" and self.reward_shift is not None)
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether a loss needs the scores of all pairs of a step before the gradient of the first."""
+        return bool(self.sorted_losses or self.shifted_losses)
+
+    def __call__(
+        self,
+        policy: Stats,
+        reference: Stats | None = None,
+        *,
+        target_margins: Tensor | None = None,
+        learn: bool = True,
+    ) -> LossTerms:
         """The terms of a micro-batch.
 
         Args:
             policy: branch -> statistics of its P completions, with what `statistics` and `needs_tokens` ask for.
             reference: the same of the reference; None where `needs_reference` is False.
+            target_margins: [P] gamma_i, what beta times each pair's difference of scores should exceed, no unit (it is
+                not multiplied by beta): ODPO's offset, arXiv:2402.10571. It acts in the losses of a difference, in
+                addition to their own gamma; rewards are without it. None: 0.
             learn: whether the running reward shift takes in these pairs; False for dummies. It never does where
                 gradients are off, as in evaluation.
 
@@ -116,11 +101,24 @@ class Objective:
                 f"{self.method.upper()} compares with a reference policy and got no statistics of one: pass the "
                 "reference's SequenceStats of the chosen and rejected completions."
             )
-        rewards, logps = self.report(policy, reference or {})
+        rewards, logps = self.reported(policy, reference or {})
         if self.reward_shift is not None and learn and torch.is_grad_enabled():
             self.reward_shift.update(rewards["chosen"], rewards["rejected"])
-        terms = tuple(loss.term(policy, reference or {}) for loss in self.losses)
+        terms = tuple(loss.term(policy, reference or {}, target_margins) for loss in self.losses)
         return LossTerms(terms=terms, rewards=rewards, logps=logps)
+
+    def reported(self, policy: Stats, reference: Stats) -> tuple[dict[Branch, Tensor], dict[Branch, Tensor]]:
+        """Rewards and log-probs of each side, [P]; of a ranking, of the best and the mean of the others."""
+        if self.ranks == PAIR:
+            return self.report(policy, reference)
+        best, *others = self.ranks
+        reports = [self.report(as_pair(policy, best, rank), as_pair(reference, best, rank)) for rank in others]
+
+        def both(of_pairs: Sequence[Mapping[Branch, Tensor]]) -> dict[Branch, Tensor]:
+            others_mean = mean_of_others([own["rejected"] for own in of_pairs], policy, others)
+            return {"chosen": of_pairs[0]["chosen"], "rejected": others_mean}
+
+        return both([rewards for rewards, _ in reports]), both([logps for _, logps in reports])
 
 
 def build_objective(method: Method, **options: Any) -> Objective:
@@ -150,17 +148,19 @@ def build_objective(method: Method, **options: Any) -> Objective:
     if nll_weight != 0:
         terms.append(TokenLoss("nll", nll_weight, nll_branch))
     is_weighted = given.use_weighting and any(isinstance(term, PairLoss) for term in terms)
+    ranks = RANKS[: given.num_completions]
     return Objective(
         method=method,
         names=names,
-        losses=tuple(terms),
+        losses=tuple(ranked(term, given) for term in terms),
         report=report_of(given),
         needs_reference=method == "dpo",
-        branches=TRIPLE if method == "tpo" and nll_weight != 0 else PAIR,
+        branches=(*ranks, "gold") if method == "tpo" and nll_weight != 0 else ranks,
         statistics=frozenset({"log_sum_sq_prob"}) if is_weighted else frozenset(),
         ld_alpha=given.ld_alpha,
         nll_branch=nll_branch if method == "cpo" or any(isinstance(term, TokenLoss) for term in terms) else None,
         reward_shift=shift,
+        ranks=ranks,
     )
 
 
@@ -196,7 +196,24 @@ def bind(name: str, weight: float, options: ObjectiveOptions, shift: RewardShift
         takes=inputs_of(name, options),
         score=score_of(options),
         weigh=row.weigh if options.use_weighting else None,
+        target_scale=options.beta if row.takes_difference else None,
     )
+
+
+def ranked(term: PairLoss | TokenLoss, options: ObjectiveOptions) -> PairLoss | RankedLoss | TokenLoss:
+    """The loss for as many completions as a row may have."""
+    if options.num_completions == 2 or isinstance(term, TokenLoss):
+        return term
+    if options.ranking == "plackett_luce":
+        uses = LOSSES[options.method][term.name].uses
+        gamma = options.gamma if "gamma" in uses else 0.0
+        term = replace(term, loss=partial(log_odds, beta=options.beta, gamma=gamma))
+    return RankedLoss(term, RANKS[: options.num_completions], RANKINGS[options.ranking])  # type: ignore[index]
+
+
+def log_odds(margin: Tensor, *, beta: float, gamma: float) -> Tensor:
+    """[P] beta delta - gamma, what the logistic losses are functions of."""
+    return beta * margin - gamma
 
 
 def shifted_bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float, shift: RewardShift) -> Tensor:
@@ -242,14 +259,3 @@ def reference_free_report(
     }
     rewards: dict[Branch, Tensor] = {branch: beta * score(logps[branch]) for branch in PAIR}
     return rewards, logps
-
-
-def log_weight(policy: Stats, branch: Branch) -> Tensor:
-    """[P] log of WPO's weight of each completion of ``branch``."""
-    value = policy[branch].log_weight
-    if value is None:
-        raise ValueError(
-            f"use_weighting needs WPO's weights of the {branch} completions, which were not computed: call "
-            "sequence_stats with with_weights=True (where Objective.statistics has 'log_sum_sq_prob')."
-        )
-    return value

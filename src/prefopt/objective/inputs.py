@@ -14,6 +14,7 @@ from torch import Tensor
 from prefopt.types import Branch, SequenceStats
 
 __all__ = [
+    "DIFFERENCES",
     "Inputs",
     "Score",
     "Stats",
@@ -71,3 +72,7 @@ def log_prob_margin(policy: Stats, reference: Stats, score: Score) -> tuple[Tens
 def mean_log_prob_margin(policy: Stats, reference: Stats, score: Score) -> tuple[Tensor]:
     """u = r(y_w) - r(y_l), r of log p / |y|."""
     return (score(policy["chosen"].mean_logps) - score(policy["rejected"].mean_logps),)
+
+
+DIFFERENCES: tuple[Inputs, ...] = (score_margin, mean_score_margin, log_prob_margin, mean_log_prob_margin)
+"""Those that give one number, the difference of the two scores."""

@@ -48,6 +48,10 @@ class ObjectiveOptions:
     """CPO: AlphaPO's shape of the reward; with another value than 0 every loss takes means per token."""
     bco_shift: bool = False
     """``bco_pair`` with the paper's running reward shift."""
+    num_completions: int = 2
+    """The most completions that a row ranks, 2 to 8."""
+    ranking: str = "all_pairs"
+    """How more than two become one loss: one of `RANKINGS`."""
 
     @property
     def given_names(self) -> tuple[str, ...]:

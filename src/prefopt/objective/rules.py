@@ -9,7 +9,9 @@ from typing import Any
 
 from prefopt.objective.inputs import mean_score_margin, score_margin
 from prefopt.objective.options import Method, ObjectiveOptions
-from prefopt.objective.tables import ALIASES, DIVERGENCES, LOSSES, REFUSED, TOKEN_LOSSES, Row
+from prefopt.objective.rankings import RANKINGS
+from prefopt.objective.tables import ALIASES, DIVERGENCES, LOGISTIC, LOSSES, REFUSED, TOKEN_LOSSES, Row, of_pairs
+from prefopt.types import RANKS
 
 __all__ = ["canonical_names", "objective_mistakes", "objective_warnings"]
 
@@ -24,7 +26,14 @@ def objective_mistakes(method: Method, **options: Any) -> list[str]:
     if method not in LOSSES:
         return [f"method={method!r} is not a method: set one of {listed(LOSSES)}."]
     given = ObjectiveOptions(method=method, **options)
-    checks = (name_mistakes, weight_mistakes, number_mistakes, smoothing_mistakes, divergence_mistakes)
+    checks = (
+        name_mistakes,
+        weight_mistakes,
+        number_mistakes,
+        smoothing_mistakes,
+        divergence_mistakes,
+        ranking_mistakes,
+    )
     return [mistake for check in checks for mistake in check(given)]
 
 
@@ -136,6 +145,44 @@ def divergence_mistakes(options: ObjectiveOptions) -> Iterator[str]:
         )
 
 
+def ranking_mistakes(options: ObjectiveOptions) -> Iterator[str]:
+    number, most = options.num_completions, len(RANKS)
+    if options.ranking not in RANKINGS:
+        yield f"ranking={options.ranking!r} is unknown: set one of {listed(RANKINGS)}."
+    if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= most:
+        yield f"num_completions={number!r} must be a whole number from 2 to {most}: set the most that a row ranks."
+        return
+    if number == 2:
+        return
+    chosen, said = rows(options), f"num_completions={number}"
+    for name in [name for name, row in chosen.items() if row.weigh is not of_pairs]:
+        yield (
+            f"{said} does not go with loss_type {name!r}, which sorts one pair of each row, and rows would have "
+            "several: set another loss."
+        )
+    if options.bco_shift and "bco_pair" in chosen:
+        yield f"{said} does not go with bco_shift=True, a mean of rewards of two sides: set one of them otherwise."
+    if options.ld_alpha is not None:
+        yield (
+            f"{said} does not go with ld_alpha={options.ld_alpha!r}: the weight of a token depends on the partner's "
+            "length, so that a completion would have another log-prob in each of its pairs. Set ld_alpha=None."
+        )
+    if options.ranking == "plackett_luce":
+        yield from plackett_luce_mistakes(options, chosen)
+
+
+def plackett_luce_mistakes(options: ObjectiveOptions, chosen: dict[str, Row]) -> Iterator[str]:
+    said = "ranking='plackett_luce' is the likelihood of an order"
+    against = [name for name, row in chosen.items() if row.loss not in LOGISTIC]
+    if against:
+        takers = listed([name for name, row in LOSSES[options.method].items() if row.loss in LOGISTIC])
+        yield f"{said}, which loss_type {listed(against)} is not for two: set one of {takers}, or ranking='all_pairs'."
+    if options.label_smoothing:
+        yield f"{said}, in which no label of a pair can be wrong: set label_smoothing=0, or ranking='all_pairs'."
+    if options.use_weighting:
+        yield f"{said}, and WPO weighs pairs: set use_weighting=False, or ranking='all_pairs'."
+
+
 def takes_score(row: Row) -> bool:
     """Whether the loss is a function of a difference of f-divergence scores."""
     return row.takes in (score_margin, mean_score_margin)
@@ -182,6 +229,7 @@ def unused_warnings(options: ObjectiveOptions) -> Iterator[str]:
         "alpha": (options.alpha != 0, options.method == "cpo", "CPOTrainer"),
         "nll_weight": (options.nll_weight != 0, options.method != "dpo", "CPOTrainer and TPOTrainer"),
         "bco_shift": (options.bco_shift, "bco_pair" in chosen, "'bco_pair'"),
+        "ranking": (options.ranking != "all_pairs", options.num_completions != 2, "num_completions above 2"),
         "use_weighting": (options.use_weighting, bool(chosen), "losses of pairs, not by 'sft'"),
         "ld_alpha": (options.ld_alpha is not None, bool(chosen), "losses of pairs, not by 'sft'"),
     }

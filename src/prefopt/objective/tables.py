@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prefopt import losses
 from prefopt.objective.inputs import (
+    DIFFERENCES,
     Inputs,
     log_prob_margin,
     log_ratios,
@@ -51,9 +52,17 @@ class Row:
     """The options it is bound with, by the loss's own keywords."""
     weigh: Weigh = of_pairs
 
+    @property
+    def takes_difference(self) -> bool:
+        """Whether it is a function of a difference of scores alone, from which a target margin can be subtracted."""
+        return self.takes in DIFFERENCES
+
 
 SMOOTHED = ("beta", "label_smoothing")
 TARGET = ("beta", "gamma", "label_smoothing")
+
+LOGISTIC = (losses.sigmoid, losses.sigmoid_norm, losses.simpo, losses.tpo_l)
+"""-log sigmoid of a difference, which Plackett and Luce's model is for more than two completions."""
 
 DPO = {
     "sigmoid": Row(losses.sigmoid, score_margin, SMOOTHED),

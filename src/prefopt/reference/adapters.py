@@ -60,7 +60,7 @@ def starting_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def starts_as_identity(model: nn.Module) -> bool:
     """Whether switching the adapters off provably leaves every output as it is, and always will recover it.
 
-    It holds for LoRA (rsLoRA, QLoRA) with a zero factor, IA3 with ones and ``modules_to_save`` equal to their
+    It holds for LoRA (rsLoRA, QLoRA, AdaLoRA) with a zero factor, IA3 with ones and ``modules_to_save`` equal to their
     originals, if nothing outside the adapters is trainable (``bias="all"``). Of anything else nothing is known.
     """
     covered: set[int] = set()
@@ -86,14 +86,14 @@ def module_is_identity(module: Any, name: str) -> bool:
 
 
 def lora_is_identity(module: Any, name: str) -> bool:
-    """Whether B A = 0 because one factor is zero. Variants (DoRA and others) compute something else."""
+    """Whether B A (AdaLoRA: B E A) = 0 because one factor is zero. Variants (DoRA and others) are something else."""
     if name in module.lora_variant:
         return False
     if name in module.lora_embedding_A:
         return is_zero(module.lora_embedding_A[name]) or is_zero(module.lora_embedding_B[name])
-    first, second = module.lora_A[name], module.lora_B[name]
-    no_bias = all(layer.bias is None or is_zero(layer.bias) for layer in (first, second))
-    return no_bias and (is_zero(first.weight) or is_zero(second.weight))
+    factors = [getattr(module, side)[name] for side in ("lora_A", "lora_E", "lora_B") if hasattr(module, side)]
+    no_bias = all(getattr(factor, "bias", None) is None or is_zero(factor.bias) for factor in factors)
+    return no_bias and any(is_zero(getattr(factor, "weight", factor)) for factor in factors)
 
 
 def is_zero(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from prefopt.reference.policy import (
     snapshot,
 )
 from prefopt.reference.remembered import Remembered
+from prefopt.scoring.forward import innermost
 
 __all__ = ["make_reference"]
 
@@ -52,7 +53,8 @@ def make_reference(
     ============================================================== ======================================
 
     Whether an adapter was made by the trainer or came with the model makes no difference: the reference is always
-    what the policy starts from. A ``ref_model`` that is the policy itself counts as not given.
+    what the policy starts from. A ``ref_model`` that is the policy itself, or the model under its adapters, counts as
+    not given: its weights are those that are trained.
 
     Args:
         model: the policy, unwrapped; a ``PreTrainedModel`` or a ``PeftModel``.
@@ -68,11 +70,12 @@ def make_reference(
     Raises:
         ValueError: an adapter that is not there, or options that contradict each other.
     """
-    ref_model = None if ref_model is model else ref_model
+    if ref_model is not None and innermost(ref_model) is innermost(model):
+        ref_model = None
     check_adapter_options(model, ref_model, model_adapter_name, ref_adapter_name)
     assert not (updates and remember), "a reference that moves has no log-probs to remember"
     if updates and (precomputed or ref_adapter_name is not None):
-        option = "precompute_ref_log_probs" if precomputed else "ref_adapter_name"
+        option = "precompute_ref_log_probs` or the column `ref_chosen_logps" if precomputed else "ref_adapter_name"
         raise ValueError(
             f"`{option}` is set, and so is an update of the reference during training (`sync_ref_model` or BEMA's "
             f"`update_ref_model`): it would leave the reference that `{option}` names behind. Set one of the two."

@@ -6,9 +6,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["BEMASchedule", "BEMAState", "soft_update"]
+from prefopt.reference.merged import merged_weights
+from prefopt.reference.weights import named_weights
+
+__all__ = ["BEMASchedule", "BEMAState", "divided_like", "follow", "local_part", "part_of", "soft_update"]
+
+
+@torch.no_grad()
+def follow(reference: Mapping[str, Tensor], policy: nn.Module, alpha: float) -> None:
+    """`soft_update` of a reference towards a policy; alpha 0 only checks that it can follow.
+
+    A reference that has the policy's weights, or its trained ones, follows them by name. One without adapters follows
+    a policy with adapters by the weights that these are merged into.
+
+    Args:
+        reference: name -> tensor, written to.
+        policy: the unwrapped model.
+        alpha: mixing weight in [0, 1].
+
+    Raises:
+        ValueError: the two are of different forms.
+    """
+    own = named_weights(policy)
+    if any(hasattr(weight, "ds_id") for weight in own.values()):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 holds every weight in pieces that have no values by name, so no reference can follow "
+            "them. Use FSDP2, which divides the weights too, or ZeRO-2."
+        )
+    if reference.keys() <= own.keys() or not hasattr(policy, "peft_config"):
+        soft_update(reference, own, alpha)
+        return
+    left = dict(reference)
+    for name, tensor in merged_weights(policy):
+        if name not in left:
+            raise ValueError(
+                f"The policy with its adapters merged in has a weight {name!r}, the reference has none of that name. "
+                "It can follow a policy with adapters if it is the same model with the same adapters, or without any: "
+                "what lies between two adapters of different forms, or between a head that is tied to the embeddings "
+                "and one that an adapter changes, is of neither form. Leave `ref_model` out, or merge its adapters."
+            )
+        soft_update({name: left.pop(name)}, {name: tensor}, alpha)
+    soft_update(left, {}, alpha)
 
 
 @torch.no_grad()
@@ -77,7 +118,8 @@ class BEMAState:
 
     Args:
         weights: name -> tensor, the weights theta_0 that the average starts from.
-        device: where the three buffers (theta_0, E, theta') are kept.
+        device: where the three buffers (theta_0, E, theta') are kept. Of a weight that is divided among ranks each
+            keeps its own part (`local_part`).
 
     Block and Zhang, "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes", 2025,
     https://arxiv.org/abs/2508.00180.
@@ -97,12 +139,12 @@ class BEMAState:
     def update(self, weights: Mapping[str, Tensor], *, beta: float, alpha: float) -> None:
         """Take in the current weights theta_t."""
         for name, current in weights.items():
-            current = current.detach().to(self.device, torch.float32)
+            current = local_part(current).to(self.device, torch.float32)
             ema = self.ema[name].lerp_(current, beta)
             self.average[name] = ema + alpha * (current - self.start[name])
 
     def copies(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to(self.device, torch.float32, copy=True) for name, tensor in weights.items()}
+        return {name: local_part(w).to(self.device, torch.float32, copy=True) for name, w in weights.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All buffers, flat, for a checkpoint."""
@@ -123,3 +165,30 @@ class BEMAState:
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank has of a weight, which may be divided among ranks (FSDP2)."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def divided_like(part: Tensor, weight: Tensor) -> Tensor:
+    """``part``, of which every rank has its own, as one tensor that is divided as ``weight`` is."""
+    if not isinstance(weight, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(weight.to_local().device),
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+def part_of(tensor: Tensor, weight: Tensor | None) -> Tensor:
+    """What this rank has of a whole ``tensor`` if it is divided as ``weight`` is."""
+    if not isinstance(weight, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(weight.to_local().device), weight.device_mesh, weight.placements).to_local()

@@ -170,6 +170,9 @@ class StartingWeights(ModelReference):
             yield self.model
 
     def weights(self) -> dict[str, Tensor]:
+        policy = named_weights(self.model)
+        for name, tensor in self.start.items():  # which may have been taken before the model was moved or divided
+            self.start[name] = placed(name, tensor, policy.get(name))
         return self.start
 
     def to(self, device: torch.device | str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +29,11 @@ __all__ = ["missing_rows", "row_key", "row_keys", "with_reference_logps"]
 
 REFERENCE_COLUMNS: dict[Branch, str] = {branch: f"ref_{branch}_logps" for branch in PAIR}
 
-NOT_CONTENT = frozenset({"row", *REFERENCE_COLUMNS.values()})
+NOT_CONTENT = frozenset({"row", "weight", "margin", *REFERENCE_COLUMNS.values()})
 """Columns of a prepared row that do not decide its log-probs."""
+
+STORED_IMAGE = {"bytes", "path"}
+"""Keys of an image in a prepared row: the content of a file, or else where it is. It is known by its content."""
 
 
 def row_keys(rows: Iterable[Mapping[str, Any]], *, ld_alpha: float | None = None) -> list[bytes]:
@@ -38,7 +42,7 @@ def row_keys(rows: Iterable[Mapping[str, Any]], *, ld_alpha: float | None = None
 
 
 def row_key(row: Mapping[str, Any], *, ld_alpha: float | None = None) -> bytes:
-    """What is scored, as 16 bytes: every column of a prepared row but its number, and LD-DPO's alpha.
+    """What is scored, as 16 bytes: the columns of a prepared row that decide its log-probs, and LD-DPO's alpha.
 
     The columns hold the token ids after truncation, the loss masks and where each prompt starts, so that options that
     change what is scored change the key, and options that do not (learning rate, batch size, order) leave it alone.
@@ -71,6 +75,9 @@ def canonical(value: Any) -> bytes:
         return framed("text", repr(value).encode())
     if isinstance(value, bytes):
         return framed("bytes", value)
+    if isinstance(value, Mapping) and value.keys() == STORED_IMAGE:
+        content = value["bytes"]
+        return framed("image", Path(value["path"]).read_bytes() if content is None else content)
     if isinstance(value, Mapping):
         return framed("map", b"".join(canonical(key) + canonical(value[key]) for key in sorted(value)))
     try:

@@ -12,19 +12,25 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prefopt.batching import pack_batch, pad_batch, share_batch
-from prefopt.scoring.comparison import fault_of, outcome, trial_groups, windows_shortened
+from prefopt.batching import encoder_decoder_batch, pack_batch, pad_batch, share_batch
+from prefopt.batching.images import VisionInputs
+from prefopt.scoring.comparison import fault_of, outcome, scores_of_places, trial_groups, windows_shortened
+from prefopt.scoring.encoder_decoder import is_encoder_decoder
 from prefopt.scoring.forward import innermost, use_full_logits
 from prefopt.scoring.plain import plain_scores
+from prefopt.scoring.unsloth import WHY_PADDED, is_unsloth
 from prefopt.types import Branch, PreferenceBatch, TokenizedExample
 
 __all__ = ["LayoutChoice", "choose_layout", "why_not_packed"]
 
-LAYOUTS: dict[str, Callable[[Sequence[TokenizedExample], Sequence[Branch]], PreferenceBatch]] = {
+LAYOUTS: dict[str, Callable[[Sequence[TokenizedExample], Sequence[Branch], VisionInputs | None], PreferenceBatch]] = {
     "shared_prompt": share_batch,
     "packed": pack_batch,
     "padded": pad_batch,
+    "encoder_decoder": lambda examples, branches, vision=None: encoder_decoder_batch(examples, branches),
 }
+CHAIN = ("shared_prompt", "packed", "padded")
+"""The layouts of models with one body, the best first. One with two bodies has a single layout."""
 SEGMENT_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_OPTIONS = (
     "layers_block_type",
@@ -54,8 +60,12 @@ class LayoutChoice:
 def why_not_packed(model: nn.Module) -> str | None:
     """Why sequences of this model cannot share a row, as far as its config and class tell; None where they can."""
     inner = innermost(model)
+    if is_unsloth(inner):
+        return WHY_PADDED
     config = inner.config.get_text_config()
     name = type(inner).__name__
+    if is_encoder_decoder(inner.config):
+        return f"{name} reads prompts in its encoder and writes completions in its decoder"
     other_layers = set(getattr(config, "layer_types", None) or ()) - SEGMENT_LAYERS
     if other_layers:
         return f"{name} has layers that are no plain attention: {', '.join(sorted(other_layers))}"
@@ -66,14 +76,31 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"the attention of {name} counts rows (ALiBi or chunks), not places in a sequence"
     if not getattr(inner, "_supports_attention_backend", False) and config.model_type not in PACKABLE_ANYWAY:
         return f"{name} does not take its attention function from transformers' registry"
-    peft_config = getattr(model, "peft_config", {})
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in dict(peft_config).values()):
+    adapters = dict(getattr(model, "peft_config", {})).values()
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
         return "prompt learning puts virtual tokens in front of every row"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        return "activated LoRA looks for its invocation tokens in rows, not in sequences"
     return None
 
 
+def candidates(model: nn.Module, wanted: str) -> tuple[list[str], list[str]]:
+    """The layouts to try, from ``wanted`` on, the plain one last; and why ones before them are left out."""
+    obstacle = why_not_packed(model)
+    if is_encoder_decoder(innermost(model).config):
+        return ["encoder_decoder"], [str(obstacle)] if wanted in CHAIN else []
+    chain: list[str] = [*CHAIN[0 if wanted == "auto" else CHAIN.index(wanted) :]]
+    if obstacle and chain != ["padded"]:
+        return ["padded"], [obstacle]
+    return chain, []
+
+
 def choose_layout(
-    model: nn.Module, wanted: str, example: TokenizedExample | None, branches: Sequence[Branch]
+    model: nn.Module,
+    wanted: str,
+    example: TokenizedExample | None,
+    branches: Sequence[Branch],
+    vision: VisionInputs | None = None,
 ) -> LayoutChoice:
     """The first layout from ``wanted`` on that the model computes rightly.
 
@@ -82,25 +109,24 @@ def choose_layout(
         wanted: ``auto`` or the name of a layout.
         example: a real pair to try it on; None trusts the config.
         branches: the completions of a pair.
+        vision: how the example's images reach the model.
 
     Returns:
         The choice. The plain scorer is taken for the model where its head does not do what its config says.
     """
-    chain = list(LAYOUTS)
-    chain = chain[0 if wanted == "auto" else chain.index(wanted) :]
-    reasons: list[str] = []
-    obstacle = why_not_packed(model)
-    if obstacle and chain[0] != "padded":
-        chain, reasons = ["padded"], [obstacle]
+    chain, reasons = candidates(model, wanted)
+    last = chain[-1]
     if example is None:
         return LayoutChoice(chain[0], tuple(reasons))
     groups = trial_groups(example)
+    few = vision is not None and any(example.images.values()) and "logits_to_keep" in vision.arguments
+    plain = scores_of_places if few else plain_scores
     with windows_shortened(model, groups):
-        expected = outcome(model, plain_scores, groups, pad_batch(groups, branches), recomputing=False)
+        expected = outcome(model, plain, groups, LAYOUTS[last](groups, branches, vision), recomputing=False)
         for layout in chain:
-            fault = fault_of(model, layout, groups, LAYOUTS[layout](groups, branches), expected)
+            fault = fault_of(model, layout, groups, LAYOUTS[layout](groups, branches, vision), expected)
             if fault is None:
                 return LayoutChoice(layout, tuple(reasons))
             reasons.append(fault)
     use_full_logits(model)
-    return LayoutChoice("padded", (*reasons, "scoring with the model's full logits"))
+    return LayoutChoice(last, (*reasons, "scoring with the model's full logits"))

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.scoring.attention import segment_attention
+from prefopt.scoring.encoder_decoder import is_encoder_decoder
 from prefopt.scoring.forward import evaluating, innermost, score
+from prefopt.scoring.tokens import stats_of_logits
 from prefopt.types import PreferenceBatch, Scores, TokenizedExample
 
-__all__ = ["Outcome", "fault_of", "outcome", "trial_groups", "windows_shortened"]
+__all__ = ["Outcome", "fault_of", "outcome", "scores_of_places", "trial_groups", "windows_shortened"]
 
 PROBE_TOKENS = 32
 """Tokens of the prompt and of each completion: enough to tell, small enough to cost nothing."""
@@ -52,15 +54,39 @@ def trial_groups(example: TokenizedExample) -> list[TokenizedExample]:
 
 
 def cut(example: TokenizedExample, order: slice) -> TokenizedExample:
-    """At most `PROBE_TOKENS` of the prompt (its end) and of each completion, in the order that a slice makes."""
-    completions = {branch: tuple(islice(ids, PROBE_TOKENS))[order] for branch, ids in example.completion_ids.items()}
+    """At most `PROBE_TOKENS` of the prompt (its end) and of each completion, in the order that a slice makes.
+
+    A part with images is not cut, as their tokens are one with them.
+    """
+    images = {part: tuple(pictures)[order] for part, pictures in example.images.items()}
+    completions = {
+        branch: tuple(ids if images.get(branch) else islice(ids, PROBE_TOKENS))[order]
+        for branch, ids in example.completion_ids.items()
+    }
+    prompt = tuple(example.prompt_ids)
     return replace(
         example,
-        prompt_ids=tuple(example.prompt_ids)[-PROBE_TOKENS:][order],
+        prompt_ids=(prompt if images.get("prompt") else prompt[-PROBE_TOKENS:])[order],
         completion_ids=completions,
         loss_masks={branch: (True,) * len(ids) for branch, ids in completions.items()},
         prompt_starts={},
+        images=images,
     )
+
+
+def scores_of_places(model: Any, batch: PreferenceBatch) -> Scores:
+    """`prefopt.scoring.plain.plain_scores` of a padded batch, with logits of no other places than those that predict.
+
+    A pair with images is not cut short, and the logits of all its places would need more memory than a step.
+
+    Args:
+        model: its forward takes ``logits_to_keep``.
+        batch: padded.
+    """
+    width = batch.model_inputs["input_ids"].shape[1]
+    columns, column = (batch.predict_from % width).unique(return_inverse=True)
+    logits = model(**batch.model_inputs, use_cache=False, logits_to_keep=columns).logits
+    return Scores(stats_of_logits(logits[batch.predict_from // width, column], batch.targets, frozenset()))
 
 
 def outcome(
@@ -138,11 +164,18 @@ def embeddings_followed(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]
         found.append((inputs[0], leaf))
         return leaf.clone()  # some models write into it
 
-    hook = innermost(model).get_input_embeddings().register_forward_hook(follow)
+    hooks = [embedding.register_forward_hook(follow) for embedding in token_embeddings(innermost(model))]
     try:
         yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def token_embeddings(model: Any) -> list[nn.Module]:
+    """The modules that embed tokens: an encoder-decoder model has one for each body, whose weights may be one."""
+    bodies = [model, model.get_encoder(), model.get_decoder()] if is_encoder_decoder(model.config) else [model]
+    return list(dict.fromkeys(body.get_input_embeddings() for body in bodies))
 
 
 def by_token(groups: Sequence[TokenizedExample], embedded: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -175,7 +208,8 @@ def fault_of(
         raise
     except Exception as error:  # whatever a model's own code does with a mask that it does not expect
         return f"{layout} fails on a trial pair: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    dtype = innermost(model).dtype
+    in_8_bits = getattr(innermost(model), "is_loaded_in_8bit", False)  # its layers round what they are given
+    dtype = torch.float16 if in_8_bits else innermost(model).dtype
     difference = (found.logps - expected.logps).abs().mean().item()
     if not difference <= LOGP_TOLERANCES.get(dtype, HALF_LOGP_TOLERANCE):
         return f"{layout} differs from the plain forward by {difference:.1e} nats a token on a trial pair"

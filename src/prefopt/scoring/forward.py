@@ -8,6 +8,8 @@ rows that predict a completion token and calls the head on those alone; without 
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +22,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefopt.scoring.attention import attach_segments, is_segments, table_of
+from prefopt.scoring.encoder_decoder import (
+    decode,
+    encoded,
+    is_encoder_decoder,
+    predicting_ids,
+    share_projections,
+    unite_embeddings,
+)
 from prefopt.scoring.head import token_stats
 from prefopt.scoring.tokens import stats_of_logits
 from prefopt.scoring.transforms import logit_transform
+from prefopt.scoring.unsloth import body_outputs, is_unsloth
 from prefopt.types import PreferenceBatch, Scores, Statistic
 
 __all__ = ["balancing_loss", "evaluating", "innermost", "install", "score", "use_full_logits", "uses_full_logits"]
+
+
+QUANTISED = "bitsandbytes."
+"""The package of layers whose kernel in evaluation mode is another than in training mode."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ def innermost(model: nn.Module) -> PreTrainedModel:
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()  # type: ignore[operator]
+        elif type(model).__name__ == "PeftMixedModel":
+            model = model.base_model.model  # type: ignore[assignment]
         elif not isinstance(model, PreTrainedModel) and hasattr(model, "module"):
             model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
@@ -55,7 +72,9 @@ def innermost(model: nn.Module) -> PreTrainedModel:
 def install(model: nn.Module) -> None:
     """Teach the model to score; once is enough, and copies of the model know it too."""
     inner = innermost(model)
-    if "_prefopt_forward" in vars(inner):
+    # of a method, pickle keeps the name and not the function: a model that was pickled has its class's forward again
+    unpickled = getattr(inner.forward, "__func__", None) is type(inner).forward
+    if "_prefopt_forward" in vars(inner) and not unpickled:
         return
     original = inner.forward
     # A bound method in the instance is bound anew by deepcopy; a closure over `inner` would not be.
@@ -68,6 +87,12 @@ def install(model: nn.Module) -> None:
         return score_rows(self, score_request, *args, **kwargs)
 
     inner.forward = MethodType(forward, inner)
+    for wrapper in model.modules():
+        if vars(wrapper).get("forward") == original:  # PEFT's LLaMA adapters keep the forward that they find
+            wrapper.forward = inner.forward
+    if is_encoder_decoder(inner.config):
+        unite_embeddings(inner)
+        share_projections(inner)
 
 
 def score(
@@ -88,7 +113,7 @@ def score(
     request = ScoreRequest(
         predict_from=batch.predict_from,
         targets=batch.targets,
-        row_length=batch.model_inputs["input_ids"].shape[1],
+        row_length=predicting_ids(batch.model_inputs).shape[1],
         statistics=statistics,
         with_aux_loss=with_aux_loss,
     )
@@ -99,8 +124,11 @@ def score(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; afterwards each module is in the mode it was in."""
-    training: list[Any] = [module for module in model.modules() if module.training]
+    """``model`` in evaluation mode; afterwards each module is in the mode it was in.
+
+    Layers of bitsandbytes are left as they are: their mode decides how they round, not what they compute.
+    """
+    training: list[Any] = [m for m in model.modules() if m.training and not type(m).__module__.startswith(QUANTISED)]
     for module in training:
         module.training = False
     try:
@@ -122,18 +150,27 @@ def uses_full_logits(model: nn.Module) -> bool:
 
 def score_rows(model: PreTrainedModel | Any, request: ScoreRequest, *args: Any, **kwargs: Any) -> Scores:
     """The patched forward: body, rows, head."""
-    inputs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    labels = inputs.pop("labels", None)  # the completions of a batch for encoder-decoder models
+    if labels is not None:
+        inputs = encoded(model, labels, inputs)
     if request.with_aux_loss:
         inputs["output_router_logits"] = True
     if uses_full_logits(model):
         outputs: Any = model._prefopt_forward(*args, **inputs)  # type: ignore[operator]
         logits = outputs.logits.flatten(0, 1)[shifted(request, outputs.logits.shape[1])]
         return Scores(stats_of_logits(logits, request.targets, request.statistics), getattr(outputs, "aux_loss", None))
-    outputs = body_of(model)(*args, **inputs)
+    if is_unsloth(model):
+        body: Any = functools.partial(body_outputs, model._prefopt_forward)
+    else:
+        body = body_of(model) if labels is None else functools.partial(decode, model)
+    outputs = body(*args, **inputs)
     hidden = outputs.last_hidden_state
     rows = hidden.flatten(0, 1).index_select(0, shifted(request, hidden.shape[1]).to(hidden.device))
     targets = request.targets.to(hidden.device)
-    tokens = token_stats(head_of(model), rows, targets, logit_transform(model.config), request.statistics)
+    bias = getattr(model, "final_logits_bias", None)  # BART and its relatives
+    bias = None if bias is None else bias.flatten()
+    tokens = token_stats(head_of(model), rows, targets, logit_transform(model.config), request.statistics, bias)
     aux_loss = (
         aux_loss_of(model, outputs.router_logits, inputs.get("attention_mask")) if request.with_aux_loss else None
     )
@@ -150,7 +187,9 @@ def shifted(request: ScoreRequest, row_length: int) -> Tensor:
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its head."""
+    """The model without its head; of an encoder-decoder the part in front of the head."""
+    if is_encoder_decoder(model.config):
+        return model.get_decoder()
     body = model.base_model
     if body is model:
         body = getattr(model, "model", model)
@@ -181,10 +220,32 @@ def aux_loss_of(model: PreTrainedModel, router_logits: Any, attention_mask: Tens
     loss = balancing_loss(model)
     if loss is None or not router_logits:
         return None
-    config = model.config.get_text_config()
-    experts = getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
-    weights = token_multiplicity(attention_mask) if is_segments(attention_mask) else attention_mask
-    return loss(router_logits, experts, config.num_experts_per_tok, weights)
+    options = {
+        "num_experts": option_of(model, "num_experts", "num_local_experts"),
+        "top_k": option_of(model, "num_experts_per_tok"),
+        "num_keys": math.isqrt(option_of(model, "num_experts", "num_local_experts")),  # doge's experts are a square
+        "attention_mask": token_weights(attention_mask, router_logits),
+    }
+    wanted = inspect.signature(loss).parameters
+    return loss(router_logits, **{name: value for name, value in options.items() if name in wanted})
+
+
+def option_of(model: Any, *names: str) -> int:
+    """A number that the model keeps under one of these names, or else its config."""
+    places = (model, model.config.get_text_config())
+    return next(value for place in places for name in names if (value := getattr(place, name, None)) is not None)
+
+
+def token_weights(attention_mask: Tensor | None, router_logits: Any) -> Tensor | None:
+    """How often a token counts: 0 for padding, and as often as a padded batch would hold it.
+
+    An adapter's prefix is in the mask and is not routed.
+    """
+    if attention_mask is None:
+        return None
+    if is_segments(attention_mask):
+        return token_multiplicity(attention_mask)
+    return attention_mask[:, -(len(router_logits[0].flatten(0, -2)) // len(attention_mask)) :]
 
 
 def token_multiplicity(segments: Any) -> Tensor:

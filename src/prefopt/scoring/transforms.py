@@ -17,6 +17,8 @@ __all__ = ["LogitTransform", "logit_transform"]
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 MULTIPLIES_BY_LOGITS_SCALING = frozenset({"hyperclovax"})
+SCALED_WHERE_TIED = frozenset({"umt5", "switch_transformers"})
+"""Kinds of T5 that scale what the decoder gives where their embeddings are tied; the others say so in their config."""
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
@@ -44,5 +46,13 @@ def logit_transform(config: Any) -> LogitTransform:
     for name in DIVISORS:
         scaling = getattr(config, name, None) or 1.0
         factor = factor * scaling if config.model_type in MULTIPLIES_BY_LOGITS_SCALING else factor / scaling
+    if scales_decoder(config):
+        factor *= config.d_model**-0.5
     caps = [cap for name in SOFT_CAPS if (cap := getattr(config, name, None))]
     return LogitTransform(factor, caps[0] if caps else None)
+
+
+def scales_decoder(config: Any) -> bool:
+    """Whether the decoder's hidden states are divided by the root of their size in front of the head, as in T5."""
+    tied = config.model_type in SCALED_WHERE_TIED and config.tie_word_embeddings
+    return bool(getattr(config, "scale_decoder_outputs", tied))

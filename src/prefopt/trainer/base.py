@@ -2,7 +2,7 @@
 
 Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks, checkpoints) is
 transformers' and accelerate's. The hooks that are overridden, here and in the classes below (`StepTrainer`,
-`EvaluatingTrainer`, `LoadingTrainer`, `PreparingTrainer`):
+`EvaluatingTrainer`, `MovingTrainer`, `RememberingTrainer`, `LoadingTrainer`, `PreparingTrainer`, `SearchingTrainer`):
 
 ====================================== ==========================================================================
 hook                                   why
@@ -17,7 +17,9 @@ hook                                   why
 ``train``, ``evaluate``, ``predict``   the model understands packed rows meanwhile; raw data sets are taken
 ``log``, ``_save/_load_optimizer_..``  the metric sums, also over a resume
 ``_save``, ``create_model_card``       the user's arguments and a card with every checkpoint
+``_load_from_checkpoint``, ``_best..`` all adapters are read back, whatever they are called; none is switched
 ``call_model_init``                    an adapter and a fresh reference for each trial
+``hyperparameter_search``, its setup   what a trial suggests of the loss acts; one metric is the objective
 ====================================== ==========================================================================
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,31 +36,47 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prefopt.reference import Precomputed, ReferencePolicy, make_reference
+from prefopt.reference.adapters import is_peft
 from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.forward import innermost, install
-from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback, updates_reference
+from prefopt.trainer.adapter_files import load_adapter_weights
+from prefopt.trainer.adapters import (
+    AllocateRanks,
+    check_adapter,
+    keep_differentiable,
+    refuse_frozen,
+    wrap_with_adapter,
+)
+from prefopt.trainer.callbacks import updates_reference
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.loading import EvalSets, prepare_options
+from prefopt.trainer.evaluation import check_best_metric
+from prefopt.trainer.kernels import apply_layer_kernels, check_kernels, settle_layer_kernels
+from prefopt.trainer.loading import EvalSets
 from prefopt.trainer.model_card import write_model_card
-from prefopt.trainer.preparing import PreparingTrainer
+from prefopt.trainer.moving import has_reference_logps
+from prefopt.trainer.offloading import offloaded, stream_copies
 from prefopt.trainer.remembering import KeepReference
+from prefopt.trainer.rows import custom_collator, prepare_options
+from prefopt.trainer.sampling import add_sampling
+from prefopt.trainer.search import SearchingTrainer
 from prefopt.trainer.setup import (
     aux_weight,
+    check_kind,
     disable_dropout,
     load_config,
     load_model,
     load_processing_class,
     model_name,
-    wrap_with_adapter,
 )
+from prefopt.trainer.unsloth import tags_of, unsloth_run
 
 __all__ = ["PreferenceTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(PreparingTrainer):
+class PreferenceTrainer(SearchingTrainer):
     """Trains a model on preference data; a subclass names its method and config, and may order the arguments.
 
     Args:
@@ -103,20 +122,23 @@ class PreferenceTrainer(PreparingTrainer):
     ) -> None:
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
+        check_kernels(model, args)
+        settle_layer_kernels(args)
         use_one_device(args)
-        self.preference = args.objective()
+        self.preference, self.preference_options = args.objective(), deepcopy(args._objective_options())
         self.given_reference, self.peft_config = ref_model, peft_config
         self.reference_updates = updates_reference(args, callbacks)
         processing_class = load_processing_class(processing_class or tokenizer, model, args)
         config = load_config(model, args)
-        self.prepare_options = prepare_options(args, self.preference.branches, config)
+        limit = getattr(model, "max_seq_length", None)
+        self.prepare_options = prepare_options(args, self.preference.branches, config, limit)
         self.args, self.processing_class = args, processing_class  # needed before the parent's constructor sets them
         self.train_dataset = train_dataset = self.prepared(train_dataset, "train")
         eval_dataset = self.prepared_sets(eval_dataset)
         if model is not None:
             model = self.ready_model(load_model(model, args, quantization_config))
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self.collate_given = data_collator
+        self.collate_given = data_collator = custom_collator(data_collator, args)
         super().__init__(
             model=model,
             args=args,
@@ -132,26 +154,39 @@ class PreferenceTrainer(PreparingTrainer):
         )
         self.start_window()
         self.add_callback(KeepReference(self.keep_reference))
+        if self.unsloth_mode is not None:
+            self.add_callback(self.unsloth_mode)
+        self.sampling = add_sampling(self) if args.generate_during_eval else None
+        if AllocateRanks.is_needed(self.model):
+            self.add_callback(AllocateRanks())
+        check_best_metric(args, eval_dataset)
         self.layout = self.chosen_layout()
-        if getattr(args, "sync_ref_model", False):
-            self.add_callback(SyncReferenceCallback(self.reference, args))  # type: ignore[arg-type]
 
     # -- model and reference -------------------------------------------------------------------------------------
 
     def ready_model(self, model: Any) -> Any:
         """The model with its adapter, without dropout, able to score; its reference is taken here."""
         args = self.args
+        self.check_kind(model, "policy")
+        self.unsloth_mode = unsloth_run(model, args)
         self.came_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.peft_config is not None:
             model = wrap_with_adapter(model, self.peft_config, args)
+        check_adapter(model, args)
+        keep_differentiable(model)
         if args.disable_dropout:
             disable_dropout(model)
+        apply_layer_kernels(model, args)
         install(model)
-        innermost(model).add_model_tags(["prefopt", self.method])
+        innermost(model).add_model_tags(tags_of(innermost(model), self.method))
         self.aux_weight = aux_weight(innermost(model), args)
         self.reference, self.placed_reference = self.made_reference(model), None
         self.unchecked_identity = args.disable_dropout
         return model
+
+    def check_kind(self, model: Any, role: str) -> None:
+        """See `prefopt.trainer.setup.check_kind`."""
+        check_kind(model, role, encoder_decoder=self.prepare_options.max_completion_length is not None)
 
     def made_reference(self, model: Any) -> ReferencePolicy | None:
         """What the policy is compared with, as it is now; None for an objective that needs none."""
@@ -161,6 +196,9 @@ class PreferenceTrainer(PreparingTrainer):
         given = self.given_reference
         if isinstance(given, str):
             given = load_model(given, args)
+        if given is not None:
+            self.check_kind(given, "reference model")
+            apply_layer_kernels(given, args)
         if given is not None and args.disable_dropout:
             disable_dropout(given)
         return make_reference(
@@ -192,10 +230,9 @@ class PreferenceTrainer(PreparingTrainer):
     # -- running -------------------------------------------------------------------------------------------------
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SyncReferenceCallback | BEMACallback):
-                callback.reference = self.model_reference  # type: ignore[assignment]
-        with segment_attention(*self.models()):
+        refuse_frozen(self.model)
+        copies = stream_copies(self.args.device) if self.args.activation_offloading else None
+        with segment_attention(*self.models()), offloaded(self.model, copies):
             return super()._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +243,31 @@ class PreferenceTrainer(PreparingTrainer):
         self, eval_dataset: EvalSets = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics of the evaluation set, or of ``eval_dataset`` in any format; of each by name, for a dict."""
-        return super().evaluate(self.prepared_sets(eval_dataset), ignore_keys, metric_key_prefix)
+        sets = self.prepared_sets(eval_dataset)
+        metrics = super().evaluate(sets, ignore_keys, metric_key_prefix)
+        if self.sampling is not None:
+            self.sampling.sample_evaluated(sets, metric_key_prefix)
+        return metrics
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_whole_adapters(self) -> bool:
+        """Whether the policy's adapters lie on this rank as a whole, so that they are read and written by name."""
+        return is_peft(self.model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.has_whole_adapters:
+            load_adapter_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.has_whole_adapters:
+            load_adapter_weights(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+        self.load_best_reference()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write ``README.md`` to the run's folder: method, data, versions, options and metrics."""
@@ -236,8 +297,3 @@ def use_one_device(args: PreferenceConfig) -> None:
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch` trains on all of them.", args.n_gpu)
         args._n_gpu = 1
-
-
-def has_reference_logps(rows: Any) -> bool:
-    """Whether a prepared set brings reference log-probs."""
-    return "ref_chosen_logps" in (rows.column_names or ())

@@ -3,45 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from prefopt.batching import collated_batch, pack_batch, pad_batch, share_batch
+from prefopt.batching import collated_batch, encoder_decoder_batch, pack_batch, pad_batch, share_batch
+from prefopt.batching.images import VisionInputs
+from prefopt.batching.layout import pair_values
 from prefopt.data import tokenized_example
 from prefopt.trainer.loader import Collate, Row
 from prefopt.types import Branch, PreferenceBatch
 
-__all__ = ["collate_into", "collate_with", "epoch_order", "loader_options"]
+__all__ = ["collate_into", "collate_with", "epoch_order", "loader_options", "trial_row"]
+
+LOOKED_AT = 64
+"""Rows among which one with images is looked for."""
 
 
 def collate_into(
-    layout: str, branches: Sequence[Branch], *, pad_token_id: int, pad_to_multiple_of: int | None
+    layout: str,
+    branches: Sequence[Branch],
+    vision: VisionInputs | None = None,
+    *,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
 ) -> Collate:
     """Rows -> batch in one of prefopt's layouts."""
 
     def collate(rows: Sequence[Row], weight: float) -> PreferenceBatch:
         examples = [tokenized_example(row, branches) for row in rows]
         if layout == "shared_prompt":
-            return share_batch(examples, branches, weight=weight)
+            return share_batch(examples, branches, vision, weight=weight)
         if layout == "packed":
-            return pack_batch(examples, branches, weight=weight)
-        return pad_batch(
-            examples, branches, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of, weight=weight
-        )
+            return pack_batch(examples, branches, vision, weight=weight)
+        options: Any = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of, "weight": weight}
+        if layout == "encoder_decoder":
+            return encoder_decoder_batch(examples, branches, **options)
+        return pad_batch(examples, branches, vision, **options)
 
     return collate
 
 
 def collate_with(data_collator: Callable[[list[Any]], Any], branches: Sequence[Branch]) -> Collate:
-    """Rows -> batch through a collator that the user gave."""
+    """Rows -> batch through a collator that the user gave; what the loss takes of a row does not go through it."""
 
     def collate(rows: Sequence[Row], weight: float) -> PreferenceBatch:
         numbers = [int(row.get("row", -1)) for row in rows]
-        return collated_batch(data_collator([dict(row) for row in rows]), branches, numbers, weight=weight)
+        batch = collated_batch(data_collator([dict(row) for row in rows]), branches, numbers, weight=weight)
+        return replace(
+            batch,
+            row_weights=pair_values([row.get("weight") for row in rows], missing=1.0),
+            target_margins=pair_values([row.get("margin") for row in rows], missing=0.0),
+        )
 
     return collate
+
+
+def trial_row(rows: Any) -> Row | None:
+    """A prepared row to try a model on: one of the first that has images, else the first."""
+    may_have_images = "images" in (rows.column_names or ("images",))  # a stream may not know its columns
+    first = list(islice(rows, LOOKED_AT if may_have_images else 1))
+    return next((row for row in first if row.get("images")), first[0] if first else None)
 
 
 def epoch_order(strategy: str, num_rows: int, *, seed: int, batch_size: int, lengths: Callable[[], list[int]]) -> Any:

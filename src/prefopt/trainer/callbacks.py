@@ -12,7 +12,18 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefopt.reference import BEMASchedule, BEMAState, ModelReference, named_weights, soft_update, swapped
+from prefopt.reference import (
+    BEMASchedule,
+    BEMAState,
+    ModelReference,
+    divided_like,
+    follow,
+    named_weights,
+    part_of,
+    swapped,
+)
+from prefopt.reference.weights import is_sharded
+from prefopt.trainer.sharding import gathered
 
 __all__ = ["BEMACallback", "SyncReferenceCallback", "updates_reference"]
 
@@ -20,20 +31,25 @@ logger = logging.getLogger(__name__)
 
 
 class SyncReferenceCallback(TrainerCallback):
-    """TR-DPO: every ``ref_model_sync_steps`` optimizer steps the reference moves towards the policy (`soft_update`).
+    """TR-DPO: every ``ref_model_sync_steps`` optimizer steps the reference moves towards the policy (`follow`).
 
     Args:
         reference: made with ``updates=True``.
-        args: a config with ``ref_model_sync_steps`` and ``ref_model_mixup_alpha``.
+        args: a config with ``ref_model_sync_steps`` and ``ref_model_mixup_alpha``, which are read at every step.
     """
 
     def __init__(self, reference: ModelReference, args: Any) -> None:
-        self.reference = reference
-        self.every, self.alpha = int(args.ref_model_sync_steps), float(args.ref_model_mixup_alpha)
+        self.reference, self.options = reference, args
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        follow(self.reference.weights(), extract_model_from_parallel(kwargs["model"]), 0.0)  # or say now that it cannot
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
-            soft_update(self.reference.weights(), weights_of(kwargs["model"]), self.alpha)
+        if state.global_step % self.options.ref_model_sync_steps == 0:
+            policy = extract_model_from_parallel(kwargs["model"])
+            follow(self.reference.weights(), policy, self.options.ref_model_mixup_alpha)
 
 
 class BEMACallback(TrainerCallback):
@@ -106,16 +122,18 @@ class BEMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.model = extract_model_from_parallel(kwargs["model"])
-        self.average = BEMAState(self.trained_weights(), self.device)
-        if self.resumed is not None:
-            self.average.load_state_dict(self.resumed)
-            self.resumed = None
+        self.model = model = extract_model_from_parallel(kwargs["model"])
         if self.update_ref_model and self.reference is None:
             raise ValueError(
                 "`update_ref_model=True`, but this run has no reference that can be updated. It goes with DPOTrainer, "
                 "without `precompute_ref_log_probs` and `ref_adapter_name`."
             )
+        if self.reference is not None and self.update_ref_model:
+            follow(self.reference.weights(), model, 0.0)  # or say now that it cannot
+        self.average = BEMAState(self.trained_weights(), self.device)
+        if self.resumed is not None:
+            self.average.load_state_dict(self.parts(self.resumed))
+            self.resumed = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.average is not None
@@ -133,20 +151,20 @@ class BEMACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.average is not None
+        assert self.model is not None
         assert args.output_dir is not None
-        if state.is_world_process_zero:
-            assert self.model is not None
-            with swapped(self.model, dict(self.average.average)) as model:
-                model.save_pretrained(str(Path(args.output_dir) / "bema"))  # type: ignore[operator]
+        with swapped(self.model, self.averaged_weights()) as model:
+            whole = {k: gathered(v) for k, v in model.state_dict().items()} if is_sharded(model) else None
+            if state.is_world_process_zero:
+                model.save_pretrained(str(Path(args.output_dir) / "bema"), state_dict=whole)  # type: ignore[operator]
 
     def move_reference(self) -> None:
-        """Make the average the reference; weights that are not trained are the same in both and stay."""
-        assert self.average is not None
+        """Make the averaged model the reference."""
+        assert self.model is not None
         assert self.reference is not None
-        average = self.average.average
-        trained = {name: tensor for name, tensor in self.reference.weights().items() if name in average}
-        soft_update(trained, average, 1.0)
+        weights = self.reference.weights()
+        with swapped(self.model, self.averaged_weights()) as model:
+            follow(weights, model, 1.0)
 
     @property
     def running_model(self) -> nn.Module:
@@ -157,28 +175,43 @@ class BEMACallback(TrainerCallback):
         """
         if self.model is None or self.average is None:
             raise ValueError("There is no averaged model before training begins.")
-        with swapped(self.model, dict(self.average.average)) as model:
+        with swapped(self.model, self.averaged_weights()) as model:
             return deepcopy(model)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The average, divided among the ranks as the model is."""
+        assert self.average is not None
+        weights = self.trained_weights()
+        return {name: divided_like(part, weights[name]) for name, part in self.average.average.items()}
 
     def trained_weights(self) -> dict[str, nn.Parameter]:
         assert self.model is not None
         return {name: weight for name, weight in named_weights(self.model).items() if weight.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, for a checkpoint; empty before training."""
-        return {} if self.average is None else self.average.state_dict()
+        """The average, for a checkpoint; empty before training. Collective where the model is divided among ranks."""
+        if self.average is None:
+            return {}
+        weights = self.trained_weights()
+        parts = self.average.state_dict().items()
+        return {key: gathered(divided_like(part, weights[weight_name(key)])) for key, part in parts}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Let the training that begins next continue from `state_dict`."""
         self.resumed = saved
+
+    def parts(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank has of each tensor of a `state_dict`."""
+        weights = self.trained_weights()
+        return {key: part_of(tensor, weights.get(weight_name(key))) for key, tensor in saved.items()}
+
+
+def weight_name(key: str) -> str:
+    """The weight that an entry of `BEMAState.state_dict` is about."""
+    return key.partition(".")[2]
 
 
 def updates_reference(args: Any, callbacks: list[TrainerCallback] | None) -> bool:
     """Whether the reference moves during training: TR-DPO, or BEMA for the reference."""
     by_callback = any(isinstance(c, BEMACallback) and c.update_ref_model for c in callbacks or ())
     return by_callback or getattr(args, "sync_ref_model", False)
-
-
-def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """The weights of a model that may be wrapped."""
-    return named_weights(extract_model_from_parallel(model))

@@ -63,6 +63,9 @@ class DPOConfig(PreferenceConfig):
     ref_adapter_name: str | None = option("ref_adapter_name", None)
     force_use_ref_model: bool = option("force_use_ref_model", False)
     bco_shift: bool = option("bco_shift", False)
+    max_completion_length: int | None = option("max_completion_length", None, kw_only=True)
+    is_encoder_decoder: bool | None = option("is_encoder_decoder", None, bare_flag=True, kw_only=True)
+    generate_during_eval: bool = option("generate_during_eval", False, kw_only=True)
 
     def _normalise(self) -> None:
         if isinstance(self.loss_type, str):
@@ -83,6 +86,11 @@ class DPOConfig(PreferenceConfig):
             mistakes.append(
                 "sync_ref_model=True and precompute_ref_log_probs=True: a reference that moves cannot be scored "
                 "beforehand; set one of them to False"
+            )
+        if self.precompute_ref_log_probs and self.num_completions != 2:
+            mistakes.append(
+                f"precompute_ref_log_probs=True and num_completions={self.num_completions}: what is kept of a row is "
+                "the log-probs of two completions; set precompute_ref_log_probs=False"
             )
         if self.ref_adapter_name is not None and self.ref_adapter_name == self.model_adapter_name:
             mistakes.append(
@@ -149,28 +157,12 @@ class CPOConfig(PreferenceConfig):
         super()._normalise()
         self.loss_type = _single_name(self.loss_type)
 
-    def _warnings(self) -> Sequence[str]:
-        found = list(super()._warnings())
-        for name in ("max_completion_length", "is_encoder_decoder"):
-            if getattr(self, name):
-                found.append(f"{name}={getattr(self, name)} has no effect: this version trains decoder-only models")
-        return found
-
     def _objective_options(self) -> dict[str, Any]:
         return super()._objective_options() | {
             "gamma": self.simpo_gamma,
             "nll_weight": self.cpo_alpha,
             "alpha": self.alpha,
         }
-
-    def _combination_mistakes(self) -> list[str]:
-        mistakes = super()._combination_mistakes()
-        if self.generate_during_eval:
-            mistakes.append(
-                "generate_during_eval=True: not available yet in this version of prefopt; set "
-                "generate_during_eval=False and generate from the saved model"
-            )
-        return mistakes
 
 
 @dataclass(repr=False)
@@ -204,6 +196,9 @@ class TPOConfig(PreferenceConfig):
     loss_weights: list[float] | None = option("loss_weights", None)
     use_weighting: bool = option("use_weighting", False)
     ld_alpha: float | None = option("ld_alpha", None)
+    max_completion_length: int | None = option("max_completion_length", None, kw_only=True)
+    is_encoder_decoder: bool | None = option("is_encoder_decoder", None, bare_flag=True, kw_only=True)
+    generate_during_eval: bool = option("generate_during_eval", False, kw_only=True)
 
     def _normalise(self) -> None:
         super()._normalise()

@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from transformers import TrainingArguments
 
 from prefopt.trainer.config_help import option
-from prefopt.trainer.config_rules import budget_mistakes, budget_warnings, parse_json_options, rule_mistakes
+from prefopt.trainer.config_rules import (
+    budget_warnings,
+    metrics_mistakes,
+    parse_json_options,
+    rule_mistakes,
+)
 from prefopt.trainer.given import Given, fresh_names
+from prefopt.trainer.kernels import kernel_warnings
 from prefopt.trainer.precision import resolve_precision
 from prefopt.trainer.versions import CHECKPOINTING_NAMES, unify_checkpointing
 
@@ -24,6 +30,18 @@ __all__ = ["LAYOUTS", "PreferenceConfig"]
 
 logger = logging.getLogger(__name__)
 
+OF_THE_REFERENCE = frozenset(
+    {
+        "precompute_ref_log_probs",
+        "precompute_ref_batch_size",
+        "sync_ref_model",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "ref_adapter_name",
+        "force_use_ref_model",
+    }
+)
+"""Options of DPO that other methods cannot have."""
 LAYOUTS = ("auto", "shared_prompt", "packed", "padded")
 
 
@@ -48,9 +66,13 @@ class PreferenceConfig(TrainingArguments):
     # Keyword-only, so that the parameters that TRL has keep TRL's order.
     layout: str = option("layout", "auto", choices=LAYOUTS, kw_only=True)
     tokens_per_batch: int | None = option("tokens_per_batch", None, kw_only=True)
+    num_completions: int = option("num_completions", 2, kw_only=True)
+    ranking: str = option("ranking", "all_pairs", choices=("all_pairs", "plackett_luce"), kw_only=True)
     on_bad_row: str = option("on_bad_row", "skip", choices=("skip", "error"), kw_only=True)
     on_nonfinite: str = option("on_nonfinite", "stop", choices=("stop", "skip"), kw_only=True)
     full_logits_for_metrics: bool = option("full_logits_for_metrics", False, kw_only=True)
+    num_eval_samples: int = option("num_eval_samples", 4, kw_only=True)
+    eval_sample_tokens: int | None = option("eval_sample_tokens", None, kw_only=True)
     user_set: tuple[str, ...] | None = option("user_set", None, kw_only=True)
 
     if TYPE_CHECKING:
@@ -67,12 +89,16 @@ class PreferenceConfig(TrainingArguments):
         disable_dropout: bool = True
         dataset_num_proc: int | None = None
         max_length: int | None = 1024
+        max_completion_length: int | None = None
+        is_encoder_decoder: bool | None = None
         truncation_mode: str = "keep_start"
         padding_free: bool = False
         pad_to_multiple_of: int | str | None = "auto"
         activation_offloading: bool = False
+        generate_during_eval: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_names(cls, kwargs)
         config = super().__new__(cls)
         positional = [spec.name for spec in fields(cls) if spec.init and not spec.kw_only]
         if args or kwargs:  # copying and unpickling come without
@@ -94,6 +120,17 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(_message(type(self).__name__, mistakes))
         for text in self._warnings():
             warnings.warn(f"{type(self).__name__}: {text}", UserWarning, stacklevel=3)
+
+    def check(self) -> None:
+        """Check the options as they are now, after some were assigned.
+
+        Raises:
+            ValueError: with every mistake in them.
+        """
+        self._normalise()
+        mistakes = [*rule_mistakes(self), *self._combination_mistakes(), *self._objective_mistakes()]
+        if mistakes:
+            raise ValueError(_message(type(self).__name__, mistakes))
 
     def was_set(self, name: str) -> bool:
         """Whether the user set the option, in the constructor, on the command line, in YAML or by assignment."""
@@ -148,6 +185,8 @@ class PreferenceConfig(TrainingArguments):
             "label_smoothing": self.label_smoothing,
             "ld_alpha": self.ld_alpha,
             "use_weighting": self.use_weighting,
+            "num_completions": self.num_completions,
+            "ranking": self.ranking,
         }
 
     def _normalise(self) -> None:
@@ -183,19 +222,14 @@ class PreferenceConfig(TrainingArguments):
         self.user_set = Given.of(names, values)
 
     def _combination_mistakes(self) -> list[str]:
-        """Mistakes that lie in two options together, or in an option that this version cannot fulfil."""
-        mistakes = []
-        if self.activation_offloading is True and _on_accelerator(self):
-            mistakes.append(
-                "activation_offloading=True: not available yet in this version of prefopt on an accelerator; "
-                "set activation_offloading=False and leave gradient_checkpointing=True"
-            )
-        return mistakes
+        """Mistakes that lie in two options together."""
+        return []
 
     def _objective_mistakes(self) -> list[str]:
         from prefopt.objective import objective_mistakes
 
-        return objective_mistakes(self.METHOD, **self._objective_options()) or budget_mistakes(self)
+        mistakes = objective_mistakes(self.METHOD, **self._objective_options())
+        return mistakes or metrics_mistakes(self)
 
     def _warnings(self) -> Sequence[str]:
         """Options that were set and have no effect."""
@@ -209,21 +243,34 @@ class PreferenceConfig(TrainingArguments):
                 f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect in layout {self.batch_layout!r}, "
                 "which does not pad; set layout='padded' to have it"
             )
-        if self.activation_offloading:
+        if self.activation_offloading and not _on_accelerator(self):
             found.append(
                 "activation_offloading=True has no effect on a CPU, where activations are in its memory already"
             )
-        if self.include_for_metrics:
-            found.append(
-                f"include_for_metrics={self.include_for_metrics} has no effect: compute_metrics gets the rewards, "
-                "log-probs and lengths of the pairs; set full_logits_for_metrics=True for the logits"
-            )
+        for name in () if self.generate_during_eval else ("num_eval_samples", "eval_sample_tokens"):
+            if self.was_set(name):
+                found.append(f"{name}={getattr(self, name)} has no effect without generate_during_eval=True")
         if self.label_smoothing_factor:
             found.append(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "
                 "training; set label_smoothing"
             )
-        return [*found, *budget_warnings(self)]
+        return [*found, *budget_warnings(self), *kernel_warnings(self)]
+
+
+def check_names(kind: type[PreferenceConfig], given: Collection[str]) -> None:
+    """Options must be those of the method; one that is about a reference gets the reason where there is none.
+
+    Raises:
+        TypeError: naming the first that is not.
+    """
+    for name in given:
+        if name in kind.__dataclass_fields__:
+            continue
+        reason = ""
+        if name in OF_THE_REFERENCE:
+            reason = f": {kind.METHOD.upper()} compares with no reference, so there is nothing for it to act on"
+        raise TypeError(f"{kind.__name__}() got an unexpected keyword argument {name!r}{reason}")
 
 
 def _message(name: str, mistakes: Sequence[str]) -> str:

@@ -23,16 +23,19 @@ HELP = {
     "router_aux_loss_coef": "Weight of the load-balancing loss of a mixture-of-experts model. Unset: what the model's "
     "config says; 0: off.",
     "disable_dropout": "Set all dropout of the policy and the reference to 0.",
-    "is_encoder_decoder": "Whether the model that model_init makes is an encoder-decoder.",
+    "is_encoder_decoder": "Whether the model that model_init makes is an encoder-decoder; any other model says so "
+    "itself.",
     "model_adapter_name": "PEFT adapter of the given model that is trained, where it has several.",
     "ref_adapter_name": "PEFT adapter of the given model that acts as the reference.",
     "force_use_ref_model": "Let the reference be a model of its own although the model has an adapter.",
     # Data.
     "dataset_num_proc": "Processes that prepare the data set.",
     "max_length": "Longest prompt plus completion in tokens; what is longer is cut. None: nothing is cut.",
-    "max_completion_length": "Longest completion in tokens, for encoder-decoder models (unset: 128).",
+    "max_completion_length": "Longest completion in tokens, for encoder-decoder models (unset: 128); max_length is "
+    "then the prompt's.",
     "truncation_mode": "Which end of a sequence that is too long is kept.",
     "pad_token": "Deprecated: set the tokenizer's pad_token and pass it as processing_class.",
+    "num_completions": "Most completions that a row ranks, in its column completions; 2: pairs.",
     "on_bad_row": "What a row with nothing to learn does: it is skipped and counted, or it stops the run.",
     # Batches.
     "padding_free": "Batches without padding: the same as layout=packed.",
@@ -54,6 +57,8 @@ HELP = {
     "For ipo it is the paper's tau.",
     "label_smoothing": "Assumed share of preferences that are the wrong way round.",
     "ld_alpha": "LD-DPO: weight, from 0 to 1, of the tokens by which one completion is longer than the other.",
+    "ranking": "How a row of more than two completions becomes one loss: the mean over its pairs, or the likelihood of "
+    "its order.",
     "use_weighting": "WPO: weight each pair by how likely the policy finds its completions.",
     "f_divergence_type": "Divergence between policy and reference.",
     "f_alpha_divergence_coef": "The alpha of f_divergence_type=alpha_divergence.",
@@ -66,7 +71,10 @@ HELP = {
     "tpo_l_gamma": "Target margin of the tpo-l loss.",
     # Run.
     "activation_offloading": "Keep saved activations in CPU memory.",
-    "generate_during_eval": "Generate completions during evaluation.",
+    "generate_during_eval": "Let policy and reference complete a few prompts of the evaluation set before training, at "
+    "every evaluation and after training; for the log, the trackers and samples.jsonl.",
+    "num_eval_samples": "How many prompts generate_during_eval completes of each evaluation set.",
+    "eval_sample_tokens": "Longest completion of generate_during_eval; unset: max_completion_length, or 128.",
     "on_nonfinite": "What a step with a NaN or infinite gradient does: it stops the run before the update, or it is "
     "left out with a warning.",
     "full_logits_for_metrics": "Give compute_metrics the full logits too; they take much memory.",

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["RULES", "Rule", "budget_mistakes", "budget_warnings", "parse_json_options", "rule_mistakes"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "budget_warnings",
+    "metrics_mistakes",
+    "parse_json_options",
+    "rule_mistakes",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,10 @@ RULES: dict[str, Rule] = {
     "tokens_per_batch": Rule(
         _or_none(_whole(1)), "a whole number of at least 1, or None", "set None for micro-batches by number of pairs"
     ),
+    "num_eval_samples": Rule(_whole(1), "a whole number of at least 1", "set e.g. 4"),
+    "eval_sample_tokens": Rule(
+        _or_none(_whole(1)), "a whole number of at least 1, or None", "set None for max_completion_length, or 128"
+    ),
     "precompute_ref_batch_size": Rule(
         _or_none(_whole(1)), "a whole number of at least 1, or None", "set None for the per-device batch size"
     ),
@@ -120,12 +131,18 @@ def _rule_of_field(spec: dataclasses.Field[Any]) -> Rule | None:
     return None
 
 
-def budget_mistakes(config: Any) -> list[str]:
-    """Losses that would be other ones if the cut into micro-batches followed from lengths."""
-    losses = () if config.tokens_per_batch is None else config.objective().micro_batch_losses
-    return [
-        f"tokens_per_batch={config.tokens_per_batch}: {name} is a function of the micro-batch, which a cut by tokens "
-        "would change; leave tokens_per_batch out and set per_device_train_batch_size"
+def metrics_mistakes(config: Any) -> list[str]:
+    """What ``include_for_metrics`` asks for and a pair does not have."""
+    wanted = config.include_for_metrics
+    mistakes = [
+        f"include_for_metrics={wanted}: {name!r} is none of 'inputs' (the row number of a pair) and 'loss' (its loss)"
+        for name in wanted
+        if name not in ("inputs", "loss")
+    ]
+    losses = config.objective().sorted_losses if "loss" in wanted else ()
+    return mistakes + [
+        f"include_for_metrics={wanted}: {name} is a function of many pairs at once, so one has no loss of its own; "
+        "leave 'loss' out"
         for name in losses
     ]
 

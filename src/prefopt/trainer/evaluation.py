@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
 from prefopt.metrics import NUM_TOKENS, MetricSums, accumulator_dtype, means
 from prefopt.normalise import term_sum
 from prefopt.reference.weights import reshard
-from prefopt.scoring.plain import full_logits
+from prefopt.scoring.plain import full_logits, target_labels
 from prefopt.step import StepResult, preference_step
 from prefopt.trainer.sharding import prepared_for_scoring
 from prefopt.trainer.steps import StepTrainer
-from prefopt.types import PAIR, PreferenceBatch
+from prefopt.trainer.whole_step import pair_table, shares_of_pairs
+from prefopt.types import PAIR, LossTerms, PreferenceBatch
 
-__all__ = ["EvaluatingTrainer", "PairLengths", "PairPredictions"]
+__all__ = ["EvaluatingTrainer", "PairLengths", "PairPredictions", "check_best_metric"]
 
 TERM = "loss_term/"
 
@@ -34,8 +37,9 @@ class PairPredictions(NamedTuple):
     logps_chosen: np.ndarray
     """log p of the completion, nats."""
     logps_rejected: np.ndarray
-    logits: list[np.ndarray] | None = None
-    """With ``full_logits_for_metrics``: [2, T, V] of each pair, chosen and rejected; T differs between batches."""
+    logits: list[Any] | None = None
+    """Where wanted (`wants_logits`): [2, T, V] of each pair, chosen and rejected, T differs between batches; or what
+    ``preprocess_logits_for_metrics`` makes of them, an array or several."""
 
 
 class PairLengths(NamedTuple):
@@ -53,7 +57,9 @@ class PairRecord(NamedTuple):
     rewards: tuple[float, float]
     logps: tuple[float, float]
     lengths: tuple[int, int]
-    logits: np.ndarray | None
+    row: int
+    loss: float
+    logits: Any
 
 
 class EvaluatingTrainer(StepTrainer):
@@ -74,29 +80,33 @@ class EvaluatingTrainer(StepTrainer):
         """Metrics of a set under ``metric_key_prefix``, and per-pair predictions unless only the loss is wanted."""
         wants_pairs = not (self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only)
         model = self.model_for_evaluation()
-        sums, records, custom = MetricSums(), [], {}
+        self.callback_handler.eval_dataloader = dataloader
+        sums, records, tables, custom = MetricSums(), [], [], {}
         for number, (step, last) in enumerate(with_last(dataloader)):
             step = step.to(self.args.device)
             for batch, places in zip(step.micro_batches, step.places, strict=True):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
-                sums.merge(evaluation_sums(result, batch))
+                sums.merge(evaluation_sums(result, batch, self.preference.sorted_losses))
+                if self.preference.sorted_losses:
+                    tables.append(pair_table(result, batch)[batch.pair_weights > 0].cpu())
                 if wants_pairs:
                     records += self.pair_records(model, batch, result, [(number, place) for place in places])
             if wants_pairs and self.args.batch_eval_metrics:
-                custom = self.custom_metrics(*collected(gather_object(records)), last=last)
+                custom = self.custom_metrics(self.prediction(gather_object(records)), last=last)
                 records = []
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         reshard(model)  # an optimizer that is made while the head is whole would train a copy of it
+        self.add_losses_of_the_set(sums, tables)
         metrics, num_pairs = self.evaluated_metrics(sums)
-        predictions = lengths = None
+        prediction = None
         if wants_pairs and not self.args.batch_eval_metrics:
-            predictions, lengths = collected(gather_object(records))
-            custom = self.custom_metrics(predictions, lengths, last=True)
+            prediction = self.prediction(gather_object(records))
+            custom = self.custom_metrics(prediction, last=True)
         metrics.update(denumpify_detensorize(custom))  # type: ignore[arg-type]
         return EvalLoopOutput(
-            predictions=predictions,  # type: ignore[arg-type]
-            label_ids=lengths,  # type: ignore[arg-type]
+            predictions=None if prediction is None else prediction.predictions,  # type: ignore[arg-type]
+            label_ids=None if prediction is None else prediction.label_ids,
             metrics={prefixed(name, metric_key_prefix): value for name, value in metrics.items()},
             num_samples=num_pairs,
         )
@@ -123,6 +133,18 @@ class EvaluatingTrainer(StepTrainer):
             self.optimizer.eval()
         return model
 
+    def add_losses_of_the_set(self, sums: MetricSums, tables: list[Tensor]) -> None:
+        """The losses that sort, over all pairs of all ranks; they are added on the main process."""
+        if not self.preference.sorted_losses:
+            return
+        whole = torch.cat(gather_object(tables or [torch.zeros(0, 9)]))
+        own = float(self.args.process_index == 0)
+        for number, share in shares_of_pairs(self.preference, whole).items():
+            total = (own * share.weight * share.values.double().sum()).to(
+                self.args.device, accumulator_dtype(self.args.device)
+            )
+            sums.add_sum(f"{TERM}{number}", total, torch.full_like(total, own * len(whole)))
+
     def evaluated_metrics(self, sums: MetricSums) -> tuple[dict[str, float], int]:
         """The means over the set and all ranks, with the loss they make; and the number of pairs."""
         reduced = sums.reduced(self.sum_over_ranks)
@@ -139,39 +161,67 @@ class EvaluatingTrainer(StepTrainer):
         self, model: nn.Module, batch: PreferenceBatch, result: StepResult, places: list[tuple[int, int]]
     ) -> list[PairRecord]:
         """A record per pair of a micro-batch, for its place; none for dummies."""
+        # a dummy's too: where the model is wrapped, all ranks must run it equally often
+        logits = self.pair_logits(model, batch) if self.wants_logits else [None] * len(batch.rows)
         if not batch.num_model_tokens:
             return []
         rewards = [result.terms.rewards[branch].tolist() for branch in PAIR]
         logps = [result.policy[branch].sum_logps.tolist() for branch in PAIR]
         lengths = [batch.layout.num_tokens[batch.layout.sequence_slice(branch)].tolist() for branch in PAIR]
-        logits = self.pair_logits(model, batch) if self.args.full_logits_for_metrics else [None] * len(batch.rows)
         by_pair = (zip(*by_branch, strict=True) for by_branch in (rewards, logps, lengths))
-        return [PairRecord(*columns) for columns in zip(places, *by_pair, logits, strict=True)]
+        losses = pair_losses(result.terms, batch).tolist()
+        return [PairRecord(*columns) for columns in zip(places, *by_pair, batch.rows, losses, logits, strict=True)]
 
-    def pair_logits(self, model: nn.Module, batch: PreferenceBatch) -> list[np.ndarray]:
-        """[2, T, V] per pair, after ``preprocess_logits_for_metrics``; the batch is a padded one."""
+    @property
+    def wants_logits(self) -> bool:
+        """Whether predictions have full logits: where they are asked for, or a function of the user's takes them."""
+        reduced = self.preprocess_logits_for_metrics is not None
+        return self.args.full_logits_for_metrics or (reduced and not self.args.was_set("full_logits_for_metrics"))
+
+    def pair_logits(self, model: nn.Module, batch: PreferenceBatch) -> list[Any]:
+        """Of each pair [2, T, V], or what ``preprocess_logits_for_metrics`` leaves of it; the batch is a padded one."""
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = full_logits(model, batch)
         if self.preprocess_logits_for_metrics is not None:
-            labels = torch.full_like(batch.model_inputs["input_ids"], -100).flatten()
-            labels[batch.predict_from + 1] = batch.targets
-            logits = self.preprocess_logits_for_metrics(logits, labels.view(batch.model_inputs["input_ids"].shape))
+            logits = self.preprocess_logits_for_metrics(logits, target_labels(batch))
         num_pairs = batch.layout.num_pairs
-        return [logits[[pair, num_pairs + pair]].float().cpu().numpy() for pair in range(num_pairs)]
+        arrays = tree_map(as_array, logits)
+        return [tree_map(lambda array, pair=pair: array[[pair, num_pairs + pair]], arrays) for pair in range(num_pairs)]
 
-    def custom_metrics(self, predictions: PairPredictions, lengths: PairLengths, *, last: bool) -> Mapping[str, Any]:
+    def prediction(self, records: list[PairRecord]) -> EvalPrediction:
+        """What ``compute_metrics`` gets: the records of all ranks as arrays, in the order of the set."""
+        records = sorted(records, key=lambda record: record.place)
+        rewards, logps, lengths = (np.array([record[i] for record in records]).reshape(-1, 2) for i in (1, 2, 3))
+        logits = [record.logits for record in records] if self.wants_logits else None
+        predictions = PairPredictions(rewards[:, 0], rewards[:, 1], logps[:, 0], logps[:, 1], logits)
+        wanted = self.args.include_for_metrics
+        return EvalPrediction(
+            predictions=predictions,  # type: ignore[arg-type]
+            label_ids=PairLengths(lengths[:, 0], lengths[:, 1]),  # type: ignore[arg-type]
+            inputs=np.array([record.row for record in records]) if "inputs" in wanted else None,
+            losses=np.array([record.loss for record in records]) if "loss" in wanted else None,
+        )
+
+    def custom_metrics(self, prediction: EvalPrediction, *, last: bool) -> Mapping[str, Any]:
         """What the user's ``compute_metrics`` makes of the pairs."""
         if self.compute_metrics is None:
             return {}
-        prediction = EvalPrediction(predictions=predictions, label_ids=lengths)  # type: ignore[arg-type]
         options: dict[str, Any] = {"compute_result": last} if self.args.batch_eval_metrics else {}
         return self.compute_metrics(prediction, **options)
 
 
-def evaluation_sums(result: StepResult, batch: PreferenceBatch) -> MetricSums:
-    """The metrics of a micro-batch, with a sum for each loss term (weighted, to be divided by its own units)."""
+def evaluation_sums(result: StepResult, batch: PreferenceBatch, left_out: Sequence[str] = ()) -> MetricSums:
+    """The metrics of a micro-batch, with a sum for each loss term (weighted, to be divided by its own units).
+
+    Args:
+        result: of the micro-batch.
+        batch: the micro-batch.
+        left_out: names of terms that are no sums over micro-batches.
+    """
     sums = result.metrics
     for index, term in enumerate(result.terms.terms):
+        if term.name in left_out:
+            continue
         value, count = (number.detach().to(accumulator_dtype(number.device)) for number in term_sum(term, batch))
         sums.add_sum(f"{TERM}{index}", term.weight * value, count)
     return sums
@@ -187,15 +237,47 @@ def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield item, True
 
 
-def collected(records: list[PairRecord]) -> tuple[PairPredictions, PairLengths]:
-    """The records of all ranks as arrays, in the order of the set."""
-    records = sorted(records, key=lambda record: record.place)
-    rewards, logps, lengths = (np.array([record[i] for record in records]).reshape(-1, 2) for i in (1, 2, 3))
-    logits = [record.logits for record in records if record.logits is not None]
-    return (
-        PairPredictions(rewards[:, 0], rewards[:, 1], logps[:, 0], logps[:, 1], logits or None),
-        PairLengths(lengths[:, 0], lengths[:, 1]),
+def pair_losses(terms: LossTerms, batch: PreferenceBatch) -> Tensor:
+    """[P] the loss of each pair by itself: its pair losses, and the mean NLL of its own tokens, weighted.
+
+    Not in it are the load-balancing loss, which is no pair's, and the weights of rows.
+    """
+    num_pairs = batch.layout.num_pairs
+    losses = torch.zeros(
+        num_pairs, dtype=accumulator_dtype(batch.pair_weights.device), device=batch.pair_weights.device
     )
+    for term in terms.terms:
+        values = term.weight * term.values.detach().to(losses.dtype)
+        if term.unit == "pair":
+            losses += values
+        elif term.unit == "token":
+            assert term.branch is not None
+            lengths = batch.layout.num_tokens[batch.layout.sequence_slice(term.branch)]
+            pairs = batch.layout.pair_index(term.branch)
+            losses += torch.zeros_like(losses).index_add(0, pairs, values) / lengths.clamp(min=1)
+    return losses
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """On the host; numpy has no bfloat16."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def check_best_metric(args: TrainingArguments, sets: Any) -> None:
+    """Of several evaluation sets each has metrics of its own, so the best model needs the name of one.
+
+    Raises:
+        ValueError: ``metric_for_best_model`` is of none of them.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or not isinstance(sets, dict) or not sets:
+        return
+    if not prefixed(metric, "eval").startswith(tuple(f"eval_{name}_" for name in sets)):
+        example = f"eval_{next(iter(sets))}_{metric.removeprefix('eval_')}"
+        raise ValueError(
+            f"metric_for_best_model={metric!r}: the evaluation sets are {', '.join(map(repr, sets))}, each with "
+            f"metrics under its own name; set the metric of one of them, e.g. {example!r}"
+        )
 
 
 def prefixed(name: str, prefix: str) -> str:

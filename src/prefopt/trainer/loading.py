@@ -16,25 +16,31 @@ from prefopt.batching import (
     TokenBudget,
     lengths_of_set,
 )
+from prefopt.batching.images import VisionInputs, vision_inputs
+from prefopt.batching.lengths import image_counts
 from prefopt.data import PrepareOptions, prepare_dataset, tokenized_example
+from prefopt.data.images import has_images, image_tensors
 from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.capability import LayoutChoice, choose_layout
+from prefopt.scoring.encoder_decoder import is_encoder_decoder
 from prefopt.scoring.forward import innermost
-from prefopt.trainer.batches import collate_into, collate_with, epoch_order, loader_options
+from prefopt.trainer.adapters import can_recompute
+from prefopt.trainer.batches import collate_into, collate_with, epoch_order, loader_options, trial_row
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.geometry import Geometry
 from prefopt.trainer.loader import Collate, StepLoader, make_loader
 from prefopt.trainer.precompute import with_precomputed_logps
 from prefopt.trainer.remembering import RememberingTrainer
+from prefopt.trainer.rows import check_pair_numbers
 from prefopt.trainer.sharding import prepared_for_scoring, tried_while_whole
 from prefopt.trainer.versions import chosen_checkpointing, recomputing
-from prefopt.types import Branch
 
-__all__ = ["EvalSets", "LoadingTrainer", "prepare_options"]
+__all__ = ["PADDING_LAYOUTS", "EvalSets", "LoadingTrainer"]
 
 logger = logging.getLogger(__name__)
 
+PADDING_LAYOUTS = ("padded", "encoder_decoder")
 EvalSets = Any
 """None, a data set, or a dict of data sets."""
 
@@ -61,13 +67,22 @@ class LoadingTrainer(RememberingTrainer):
         if isinstance(reference, SeparateModel):
             reference.to(self.args.device)
 
+    @functools.cached_property
+    def vision(self) -> VisionInputs | None:
+        """How images reach the policy; None for a text model, or a processor that takes none."""
+        if not has_images(self.processing_class):
+            return None
+        return vision_inputs(innermost(self.model), functools.partial(image_tensors, self.processing_class))
+
     def prepared(self, dataset: Any, name: str) -> Any:
         """A data set as token ids; one that is prepared already as it is. One rank speaks of skipped rows."""
         state = PartialState()
         if not state.is_main_process:
             logging.getLogger("prefopt.data").setLevel(logging.ERROR)
         with state.main_process_first():
-            return prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name)
+            rows = prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name)
+        check_pair_numbers(rows, self.preference, name)
+        return rows
 
     def prepared_sets(self, sets: EvalSets) -> EvalSets:
         """The same for None, a set, or a dict of several."""
@@ -87,6 +102,12 @@ class LoadingTrainer(RememberingTrainer):
     def chosen_layout(self) -> LayoutChoice:
         """The batch layout, tried on the first pair; said in one line."""
         wanted = "padded" if self.collate_given is not None else self.args.batch_layout
+        if self.collate_given is not None and is_encoder_decoder(innermost(self.model).config):
+            raise ValueError(
+                "`data_collator` was given for an encoder-decoder model. Collators make rows of prompt and completion, "
+                "which such a model does not have: its encoder reads the one, its decoder the other. Leave "
+                "`data_collator` out."
+            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             tried = functools.partial(self.tried_layout, wanted)
             choice = tried_while_whole(self.models(), self.args.device, tried)
@@ -94,7 +115,7 @@ class LoadingTrainer(RememberingTrainer):
             choice = self.tried_layout(wanted)
         logger.log(logging.WARNING if choice.reasons else logging.INFO, "%s", choice)
         multiple = self.args.pad_to_multiple_of
-        if multiple is not None and choice.layout != "padded":
+        if multiple is not None and choice.layout not in PADDING_LAYOUTS:
             logger.warning("pad_to_multiple_of=%s has no effect: layout %s does not pad.", multiple, choice.layout)
         return choice
 
@@ -103,18 +124,23 @@ class LoadingTrainer(RememberingTrainer):
 
         Activations are recomputed in the trial wherever they may be in training.
         """
-        row = next(iter(self.train_dataset), None) if on_a_pair else None
+        row = trial_row(self.train_dataset) if on_a_pair else None
         branches = self.preference.branches
         example = tokenized_example(row, branches) if row else None
+        if example is not None and example.images and self.vision is None:
+            raise ValueError(
+                f"The data has images (row {example.row}), and {type(innermost(self.model)).__name__} takes none. Use "
+                "a vision-language model, or remove the column of images to train on the text alone."
+            )
         own, inner = self.model_reference, innermost(self.model)
         others = [own.model] if isinstance(own, SeparateModel) and not own.derives_from_policy else []
-        may_recompute = inner.supports_gradient_checkpointing and chosen_checkpointing(self.args) is not False
+        may_recompute = can_recompute(self.model) and chosen_checkpointing(self.args) is not False
         choice = LayoutChoice(wanted)
         with ExitStack() as stack:
             if may_recompute:
                 stack.enter_context(recomputing(inner, self.args.gradient_checkpointing_kwargs))
             for model in (self.model, *others):
-                found = choose_layout(model, choice.layout, example, branches)
+                found = choose_layout(model, choice.layout, example, branches, self.vision)
                 choice = LayoutChoice(found.layout, tuple(dict.fromkeys(choice.reasons + found.reasons)))
         return choice
 
@@ -124,17 +150,23 @@ class LoadingTrainer(RememberingTrainer):
             return collate_with(self.collate_given, self.preference.branches)
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         return collate_into(
-            "padded" if padded else self.layout.layout,
+            self.padded_layout if padded else self.layout.layout,
             self.preference.branches,
+            self.vision,
             pad_token_id=tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
+
+    @property
+    def padded_layout(self) -> str:
+        """The layout whose logits have a row for each completion."""
+        return self.layout.layout if self.layout.layout in PADDING_LAYOUTS else "padded"
 
     def geometry(self, per_device: int, accumulation: int = 1, *, padded: bool = False) -> Geometry:
         """How a step is divided; ``padded`` as `collate` is given it, since tokens are counted as batches are made."""
         args, budget = self.args, None
         if args.tokens_per_batch is not None:
-            layout = "padded" if padded else self.layout.layout
+            layout = self.padded_layout if padded else self.layout.layout
             multiple: Any = args.pad_to_multiple_of
             budget = TokenBudget(args.tokens_per_batch, layout, self.preference.branches, multiple)
         return Geometry(per_device, accumulation, args.world_size, args.process_index, budget)
@@ -144,7 +176,8 @@ class LoadingTrainer(RememberingTrainer):
         args = self.args
         self.place_reference()
         self.begin_reference()
-        rows = self.train_dataset = self.precomputed(self.train_dataset)
+        self.check_images(self.train_dataset)
+        rows = self.precomputed(self.train_dataset)
         geometry = self.geometry(self._train_batch_size, self.accumulation)
         order = epoch_order(
             args.train_sampling_strategy,
@@ -167,10 +200,23 @@ class LoadingTrainer(RememberingTrainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]  # type: ignore[index]
-        padded = self.args.full_logits_for_metrics and self.compute_metrics is not None
+        self.check_images(rows)
+        padded = self.wants_logits
         geometry = self.geometry(self.args.eval_batch_size, padded=padded)
         collate = self.with_keys(self.collate(padded=padded))
         return make_loader(self.precomputed(rows), collate, geometry, **loader_options(self.args))
+
+    def check_images(self, rows: Any) -> None:
+        """Refuses rows with and without images in one set, where weights are divided among ranks."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or not isinstance(rows, datasets.Dataset):
+            return
+        some = image_counts(rows) > 0
+        if self.args.world_size > 1 and some.any() and not some.all():
+            raise ValueError(
+                f"{int(some.sum())} of {len(some)} rows have images. Under FSDP and DeepSpeed the weights that encode "
+                "them are gathered from all ranks: a rank whose micro-batch has none would leave the others waiting "
+                "for ever. Train on rows with images and rows without in two runs, or without FSDP and DeepSpeed."
+            )
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
         return self.get_eval_dataloader(self.prepared_sets(test_dataset))
@@ -179,8 +225,12 @@ class LoadingTrainer(RememberingTrainer):
         """``rows`` with reference log-probs, where they are wanted and the set can be read in advance."""
         args: Any = self.args
         remembered = self.remembered
-        wanted = getattr(args, "precompute_ref_log_probs", False) and isinstance(rows, datasets.Dataset)
-        if not wanted or remembered is None:
+        self.take_given_logps(rows)
+        if not getattr(args, "precompute_ref_log_probs", False) or remembered is None:
+            return rows
+        if not isinstance(rows, datasets.Dataset):
+            if reason := self.why_not_looked_up():
+                logger.warning("precompute_ref_log_probs=True: a stream is scored whenever a row comes (%s).", reason)
             return rows
         per_device = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         with segment_attention(*self.models()):
@@ -195,21 +245,3 @@ class LoadingTrainer(RememberingTrainer):
         if isinstance(remembered.source, SeparateModel):
             remembered.source.to("cpu")  # its work is done until a set comes that was not scored
         return rows
-
-
-def prepare_options(args: PreferenceConfig, branches: tuple[Branch, ...], config: Any) -> PrepareOptions:
-    """How rows are prepared; ``max_length`` is capped at the model's context, said in one line."""
-    text_config = config.get_text_config() if config is not None else None
-    context = getattr(text_config, "max_position_embeddings", None)
-    max_length = args.max_length
-    if max_length is not None and context is not None and max_length > context:
-        level = logger.warning if args.was_set("max_length") else logger.info
-        level("max_length=%d is above the model's context; sequences are cut to %d tokens.", max_length, context)
-        max_length = context
-    return PrepareOptions(
-        branches=branches,
-        max_length=max_length,
-        truncation_mode=args.truncation_mode,  # type: ignore[arg-type]
-        num_proc=args.dataset_num_proc,
-        on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
-    )

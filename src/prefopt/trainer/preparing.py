@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -21,15 +22,23 @@ from transformers.training_args import OptimizerNames
 
 from prefopt.batching import lengths_of_set
 from prefopt.batching.budget import group_tokens
+from prefopt.batching.lengths import image_counts
 from prefopt.data import tokenized_example
 from prefopt.metrics import LOGGED_STATISTICS
 from prefopt.reference.policy import SeparateModel
-from prefopt.scoring.forward import innermost
+from prefopt.trainer.adapters import can_recompute
+from prefopt.trainer.batches import trial_row
 from prefopt.trainer.compile import compile_layers, compile_options
-from prefopt.trainer.loading import LoadingTrainer
+from prefopt.trainer.loading import PADDING_LAYOUTS, LoadingTrainer
 from prefopt.trainer.memory import ActivationModel, BatchSize, MemoryEstimate, free_bytes, largest_batch, training_bytes
+from prefopt.trainer.offloading import stream_copies
 from prefopt.trainer.trials import Trials, run_trials
-from prefopt.trainer.versions import chosen_checkpointing, set_checkpointing, stop_checkpointing
+from prefopt.trainer.versions import (
+    chosen_checkpointing,
+    own_optimizer_and_scheduler,
+    set_checkpointing,
+    stop_checkpointing,
+)
 
 __all__ = ["PreparingTrainer"]
 
@@ -80,11 +89,11 @@ class PreparingTrainer(LoadingTrainer):
         chosen = chosen_checkpointing(self.args)
         self.open_checkpointing = chosen is None
         # between the trials of a search there is no model: `model_init` makes one within
-        possible = self.model is None or innermost(self.model).supports_gradient_checkpointing
+        possible = self.model is None or can_recompute(self.model)
         set_checkpointing(self.args, possible if chosen is None else chosen)
         return super().train(*args, **kwargs)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         trials = functools.cache(self.trials)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self.open_checkpointing and self.args.gradient_checkpointing:
@@ -92,7 +101,11 @@ class PreparingTrainer(LoadingTrainer):
         if self.args.world_size > 1 and not sharded:
             self.decide_search(trials)
         self.compile_layers(self.model)
-        return super()._prepare_for_training(*args, **kwargs)
+        with nullcontext() if sharded else own_optimizer_and_scheduler(self, max_steps):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:  # transformers 4 called it then too, and subclasses still build on that
+            self._load_optimizer_and_scheduler(None)
+        return prepared
 
     def decide_checkpointing(self, obstacle: str | None, trials: Callable[[], Trials]) -> None:
         """Activations are kept where the largest micro-batch has room for them, and recomputed otherwise.
@@ -116,6 +129,8 @@ class PreparingTrainer(LoadingTrainer):
         """What stands in the way of an estimate of the memory; None: nothing."""
         if self.came_checkpointing:
             return "the model came with it"
+        if self.args.activation_offloading and stream_copies(self.args.device) is not None:
+            return "what is kept is moved to the host, and the inputs of layers are the least that can be"
         if self.is_model_parallel:
             return "the model lies on several devices"
         if free_bytes(self.args.device, 1) is None:
@@ -144,9 +159,10 @@ class PreparingTrainer(LoadingTrainer):
         if isinstance(rows, datasets.Dataset):
             sizes = self.pair_sizes(rows)
         else:
-            assert self.prepare_options.max_length is not None, "`why_no_estimate` asks first"
-            sizes = [len(branches) * self.prepare_options.max_length] * num_pairs
-        padded = self.layout.layout == "padded"
+            limit, apart = self.prepare_options.max_length, self.prepare_options.max_completion_length
+            assert limit is not None, "`why_no_estimate` asks first"
+            sizes = [len(branches) * limit if apart is None else limit + len(branches) * apart] * num_pairs
+        padded = self.layout.layout in PADDING_LAYOUTS
         return largest_batch(sizes, num_pairs, padded=padded, budget=args.tokens_per_batch)
 
     def pair_sizes(self, rows: datasets.Dataset) -> list[int]:
@@ -164,19 +180,24 @@ class PreparingTrainer(LoadingTrainer):
     def decide_search(self, trials: Callable[[], Trials]) -> None:
         """DDP looks for weights without a gradient, in every step, only where there may be some.
 
-        Transformers lets it look unless activations are recomputed.
+        Transformers lets it look unless activations are recomputed. What encodes images has weights that a step
+        without images does not use, and layers after the last one that is used.
         """
-        if self.args.ddp_find_unused_parameters is None and not self.args.gradient_checkpointing:
+        may_miss = self.vision is not None or not self.args.gradient_checkpointing
+        if self.args.ddp_find_unused_parameters is None and may_miss:
             always_used = trials().reaches_all and not routed_apart(self.model)
             self.accelerator.ddp_handler.find_unused_parameters = not self.least(always_used)
 
     def trials(self) -> Trials:
-        """The pair with the most tokens (of a stream the first), cut short and run."""
+        """The pair with the most tokens (of a stream an early one), of those with images if there are any; cut short
+        and run."""
         rows, branches = self.train_dataset, self.preference.branches
         if isinstance(rows, datasets.Dataset):
-            row = rows[int(np.argmax(self.pair_sizes(rows)))]
+            sizes, images = np.array(self.pair_sizes(rows)), image_counts(rows)
+            row = rows[int(np.argmax(sizes * (images > 0) if images.any() else sizes))]
         else:
-            row = next(iter(rows))
+            row = trial_row(rows)
+            assert row is not None, "a set without rows is refused before"
         return run_trials(
             self.model,
             tokenized_example(row, branches),
@@ -185,6 +206,7 @@ class PreparingTrainer(LoadingTrainer):
             statistics=self.preference.statistics | LOGGED_STATISTICS,
             with_aux_loss=bool(self.aux_weight),
             precision=self.accelerator.autocast,
+            vision=self.vision,
         )
 
     def least(self, value: float) -> float:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from prefopt.reference import Remembered, cache_folder, row_keys
+from prefopt.reference import Precomputed, Remembered, cache_folder, row_keys
 from prefopt.reference.policy import SeparateModel
 from prefopt.trainer.callbacks import updates_reference
-from prefopt.trainer.evaluation import EvaluatingTrainer
 from prefopt.trainer.loader import Collate, Row
+from prefopt.trainer.moving import MovingTrainer, has_reference_logps
 from prefopt.types import PreferenceBatch
 
 __all__ = ["KeepReference", "RememberingTrainer", "exchange", "with_keys"]
@@ -23,7 +25,7 @@ __all__ = ["KeepReference", "RememberingTrainer", "exchange", "with_keys"]
 logger = logging.getLogger(__name__)
 
 
-class RememberingTrainer(EvaluatingTrainer):
+class RememberingTrainer(MovingTrainer):
     """Decides whether the reference remembers, and when what it has scored is shared and written."""
 
     collate_given: Callable[[list[Any]], Any] | None
@@ -36,18 +38,43 @@ class RememberingTrainer(EvaluatingTrainer):
 
     @property
     def looked_up(self) -> Remembered | None:
-        """The same, where a rank may look up what a row was given before.
+        """The same, where a rank may look up what a row was given before (`why_not_looked_up`)."""
+        return self.remembered if self.why_not_looked_up() is None else None
 
-        Not where weights are sharded: a rank that looks up would leave the others alone in the collectives of their
-        forward. Not where a collator of the user's may make anything of a row, where an evaluation turns the weights to
-        half precision and the reference's are among them, and where the user wants no cache.
-        """
+    def why_not_looked_up(self) -> str | None:
+        """What keeps a rank from looking up what a row was given before; None: nothing."""
         args, remembered = self.args, self.remembered
-        if remembered is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or self.collate_given is not None:
-            return None
-        half = (args.fp16_full_eval or args.bf16_full_eval) and not isinstance(remembered.source, SeparateModel)
-        moves = updates_reference(args, self.callback_handler.callbacks)
-        return None if half or moves or cache_folder() is None else remembered
+        if remembered is None:
+            return "it has none, or it moves"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "a rank that looks up would leave the others alone in the collectives of a model they share"
+        if len(self.preference.ranks) > 2:
+            return "what is kept of a row is the log-probs of two completions"
+        if self.collate_given is not None:
+            return "a data collator of your own may make anything of a row"
+        if (args.fp16_full_eval or args.bf16_full_eval) and not isinstance(remembered.source, SeparateModel):
+            return "an evaluation turns the weights to half precision, and the reference's are among them"
+        if updates_reference(args, self.callback_handler.callbacks):
+            return "it moves"
+        return "PREFOPT_CACHE is off" if cache_folder() is None else None
+
+    def take_given_logps(self, rows: Any) -> None:
+        """Let reference log-probs that come with ``rows`` be used as they are.
+
+        Raises:
+            ValueError: the reference moves.
+        """
+        if not has_reference_logps(rows) or isinstance(self.reference, Precomputed):
+            return
+        if self.reference is None:
+            logger.warning(
+                "%s has no reference: the columns `ref_*_logps` are not used.", self.preference.method.upper()
+            )
+            return
+        self.refuse_given_logps(rows)
+        given = Precomputed(self.reference)
+        given.derives_from_policy = self.reference.derives_from_policy  # in training, whose rows bring none
+        self.reference = given
 
     def with_keys(self, collate: Collate) -> Collate:
         """``collate`` with the keys of rows, where they are looked up."""
@@ -56,9 +83,18 @@ class RememberingTrainer(EvaluatingTrainer):
     def begin_reference(self) -> None:
         """A run begins: what is remembered holds for the weights and the precision of now."""
         if self.remembered is not None:
+            # what a collator of the user's makes of a row is known to this trainer alone
+            settings: dict[str, Any] = {} if self.collate_given is None else {"collator": self.own_batches}
+            if (images := getattr(self.processing_class, "image_processor", None)) is not None:
+                settings["images"] = images.to_dict()
             self.remembered.begin(
-                autocast=self.accelerator.mixed_precision, matmul=torch.get_float32_matmul_precision()
+                autocast=self.accelerator.mixed_precision, matmul=torch.get_float32_matmul_precision(), **settings
             )
+
+    @functools.cached_property
+    def own_batches(self) -> str:
+        """A name that no other trainer has."""
+        return uuid4().hex
 
     def keep_reference(self) -> None:
         """What the reference has scored since the last time reaches the other ranks and the disk; collective.

@@ -1,37 +1,41 @@
-"""What a trainer is given, made ready: tokenizer, model, adapter."""
+"""What a trainer is given, made ready: tokenizer and model."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    set_seed,
 )
-from transformers.utils.import_utils import is_peft_available
 
+from prefopt.scoring.encoder_decoder import is_encoder_decoder
 from prefopt.scoring.forward import balancing_loss
+from prefopt.trainer.adapter_files import base_of_adapter, with_saved_adapter
 from prefopt.trainer.config import PreferenceConfig
 
 __all__ = [
     "aux_weight",
+    "check_kind",
     "disable_dropout",
+    "has_two_bodies",
     "load_config",
     "load_model",
     "load_processing_class",
     "model_name",
-    "wrap_with_adapter",
 ]
 
 logger = logging.getLogger(__name__)
@@ -46,12 +50,14 @@ def model_name(model: Any) -> str:
 
 
 def load_config(model: Any, args: PreferenceConfig) -> Any:
-    """The transformers config of a model or of a name; None where a name has none (an adapter's folder)."""
+    """The transformers config of a model or of a name (of an adapter: its base model's); None where a name has none."""
     if not isinstance(model, str | os.PathLike):
         return getattr(model, "config", None)
-    kwargs = {key: value for key, value in init_kwargs(args).items() if key in ("revision", "token", "cache_dir")}
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+        base = base_of_adapter(model, **hub_kwargs(args))
+        if base is not None:
+            return load_config(base[0], at_revision(args, base[1]))
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub_kwargs(args))
     except (OSError, ValueError):
         return None  # loading the model itself says what is wrong
 
@@ -69,8 +75,7 @@ def load_processing_class(given: Any, model: Any, args: PreferenceConfig) -> Any
             raise ValueError(
                 "The model was built in memory and has no name to load a tokenizer by; pass `processing_class`."
             )
-        revision = {"revision": r} if (r := init_kwargs(args).get("revision")) else {}
-        given = load_tokenizer_or_processor(name, trust_remote_code=args.trust_remote_code, **revision)
+        given = load_by_name(name, args)
     if not isinstance(given, PreTrainedTokenizerBase | ProcessorMixin):
         raise TypeError(
             "The `processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`, "
@@ -90,6 +95,18 @@ def load_processing_class(given: Any, model: Any, args: PreferenceConfig) -> Any
     return given
 
 
+def load_by_name(name: str, args: PreferenceConfig) -> Any:
+    """The tokenizer or processor of a name; an adapter that comes without one has its base model's."""
+    revision = {"revision": r} if (r := init_kwargs(args).get("revision")) else {}
+    try:
+        return load_tokenizer_or_processor(name, trust_remote_code=args.trust_remote_code, **revision)
+    except (OSError, ValueError):
+        base = base_of_adapter(name, **hub_kwargs(args))
+        if base is None:
+            raise
+        return load_by_name(base[0], at_revision(args, base[1]))
+
+
 def load_tokenizer_or_processor(name: str, **kwargs: Any) -> Any:
     """A processor where the model has one, else a tokenizer."""
     try:
@@ -105,10 +122,25 @@ def init_kwargs(args: PreferenceConfig) -> dict[str, Any]:
     return dict(getattr(args, "model_init_kwargs", None) or {})
 
 
+def hub_kwargs(args: PreferenceConfig) -> dict[str, Any]:
+    """Those of the user's options for ``from_pretrained`` that say where files are found."""
+    return {key: value for key, value in init_kwargs(args).items() if key in ("revision", "token", "cache_dir")}
+
+
+def at_revision(args: PreferenceConfig, revision: str | None) -> PreferenceConfig:
+    """``args`` for the base model of an adapter: the user's ``revision`` is the adapter's."""
+    args = copy.copy(args)
+    kwargs = {key: value for key, value in init_kwargs(args).items() if key != "revision"}
+    args.model_init_kwargs = {**kwargs, **({"revision": revision} if revision else {})}  # type: ignore[attr-defined]
+    return args
+
+
 def load_model(
     model: str | os.PathLike[str] | nn.Module, args: PreferenceConfig, quantization_config: Any = None
 ) -> PreTrainedModel | Any:
     """The model: an instance as it is, a name loaded with ``args.model_init_kwargs`` (float32 unless they say).
+
+    The name of an adapter gives its base model with that adapter, which is trained further.
 
     Raises:
         ValueError: if options contradict the model, or it is of a kind that is not supported.
@@ -125,8 +157,10 @@ def load_model(
                 "`model_init_kwargs` was given with a model that is already instantiated; it is ignored. Pass them to "
                 "`from_pretrained`."
             )
-        refuse_unsupported(model.config)
         return model
+    if (base := base_of_adapter(model, **hub_kwargs(args))) is not None:
+        loaded = load_model(base[0], at_revision(args, base[1]), quantization_config)
+        return with_saved_adapter(loaded, model, **hub_kwargs(args))
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise ValueError(
@@ -137,65 +171,54 @@ def load_model(
     if torch.cuda.is_available() and args.world_size == 1:
         kwargs.setdefault("device_map", "auto")
     config = load_config(model, args)
-    if config is not None:
-        refuse_unsupported(config)
-    return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+    kind = AutoModelForSeq2SeqLM if has_two_bodies(config, args) else decoder_class(config)
+    return kind.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Model kinds that this version does not train."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{config.model_type!r} is an encoder-decoder model; this version trains decoder-only language models."
-        )
+def decoder_class(config: Any) -> Any:
+    """What loads a decoder-only model with the head that predicts tokens, and the part that sees, if it has one."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def wrap_with_adapter(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
-    """The model with a new adapter of ``peft_config``; adapters it has already stay active and are not trained.
+def has_two_bodies(config: Any, args: PreferenceConfig) -> bool:
+    """Whether the model is an encoder-decoder: its config says so, or where there is none yet, the option.
 
     Raises:
-        ImportError: without peft.
-        TypeError: if ``peft_config`` is no ``peft.PeftConfig``.
-        ValueError: if the new adapter cannot act together with those the model has.
+        ValueError: if the two contradict each other.
     """
-    if not is_peft_available():
-        raise ImportError("`peft_config` needs the package peft: pip install 'prefopt[peft]'.")
-    from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, not {type(peft_config).__name__}.")
-    if isinstance(model, PeftModel):
-        return stacked_adapter(model, peft_config)
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs or {},
-        )
-    set_seed(args.seed)  # the adapter's random weights depend on the seed alone, not on what ran before
-    with warnings.catch_warnings():  # peft 0.21 asks for checkpointing by the name that transformers 5.23 deprecates
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        return get_peft_model(model, peft_config)
-
-
-def stacked_adapter(model: Any, peft_config: Any) -> Any:
-    """A PeftModel with one more adapter, the only one that is trained, acting together with those that were active."""
-    kinds = {config.peft_type for config in model.peft_config.values()} | {peft_config.peft_type}
-    if peft_config.is_prompt_learning or len(kinds) > 1:
+    given = args.is_encoder_decoder
+    if config is None:
+        return bool(given)
+    found = is_encoder_decoder(config)
+    if given is not None and given != found:
+        kind = "an encoder-decoder" if found else "a decoder-only model"
         raise ValueError(
-            f"The model has adapters already, and one of type {peft_config.peft_type.value} cannot act together with "
-            f"them (types: {', '.join(sorted(kind.value for kind in kinds))}). Call `merge_and_unload()` on the model "
-            "first, or leave `peft_config` out to train its own adapter."
+            f"is_encoder_decoder={given}: the model ({config.model_type!r}) is {kind}; leave the option out, it is "
+            "only needed with `model_init`."
         )
-    before = list(model.active_adapters)
-    name = "preference"
-    while name in model.peft_config:
-        name += "_"
-    model.add_adapter(name, peft_config)
-    model.base_model.set_adapter([*before, name])
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{name}." in parameter_name)
-    return model
+    return found
+
+
+def check_kind(model: Any, role: str, *, encoder_decoder: bool) -> None:
+    """Rows are made for one kind of model, before the model itself may be there; all models of a run are of that kind.
+
+    Args:
+        model: policy or reference.
+        role: which of them, for the message.
+        encoder_decoder: whether the rows are those of an encoder-decoder.
+
+    Raises:
+        ValueError: it is of the other kind.
+    """
+    kinds = ("decoder-only", "an encoder-decoder")
+    found = is_encoder_decoder(model.config)
+    if found != encoder_decoder:
+        raise ValueError(
+            f"The {role} ({model.config.model_type!r}) is {kinds[found]}, but the rows were prepared for a model that "
+            f"is {kinds[encoder_decoder]}. A model of `model_init` needs is_encoder_decoder={found}; policy and "
+            "reference must be of one kind, since they are given the same tokens."
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -213,10 +236,17 @@ def aux_weight(model: PreTrainedModel, args: PreferenceConfig) -> float:
 
     Raises:
         ValueError: ``router_aux_loss_coef`` was set for a model that has no experts, or the loss would depend on a
-            budget of tokens.
+            budget of tokens, or have no gradient.
     """
     config = model.config.get_text_config()
     given = args.router_aux_loss_coef
+    if is_encoder_decoder(model.config):
+        if given:
+            raise ValueError(
+                f"router_aux_loss_coef={given}: the experts of encoder-decoder models ({type(model).__name__}) are "
+                "trained without a load-balancing loss in this version; leave the option out."
+            )
+        return 0.0
     if not hasattr(config, "output_router_logits") or balancing_loss(model) is None:
         if given:
             raise ValueError(
@@ -224,7 +254,14 @@ def aux_weight(model: PreTrainedModel, args: PreferenceConfig) -> float:
                 "load-balancing loss; leave the option out."
             )
         return 0.0
-    weight = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if given is None else given
+    weight = own_aux_weight(model) if given is None else given
+    options: Any = args.gradient_checkpointing_kwargs
+    if weight and (options or {}).get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs={'use_reentrant': True}: reentrant checkpointing differentiates what a "
+            f"layer returns, and the load-balancing loss of {type(model).__name__} is made of what its routers leave "
+            "aside: it would have no gradient. Leave use_reentrant out, or set router_aux_loss_coef=0."
+        )
     if weight and args.tokens_per_batch is not None:
         raise ValueError(
             f"tokens_per_batch={args.tokens_per_batch}: the load-balancing loss of {type(model).__name__} is a "
@@ -232,3 +269,10 @@ def aux_weight(model: PreTrainedModel, args: PreferenceConfig) -> float:
             "tokens_per_batch out."
         )
     return weight
+
+
+def own_aux_weight(model: PreTrainedModel) -> float:
+    """The weight that the model's config names, under the name it has there."""
+    places, names = (model.config.get_text_config(), model), ("router_aux_loss_coef", "aux_loss_coef")
+    weights = (getattr(place, name, None) for place in places for name in names)
+    return float(next((weight for weight in weights if weight is not None), 0.0))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -19,12 +18,15 @@ from prefopt.normalise import local_counts, total
 from prefopt.objective import Objective
 from prefopt.reference import ModelReference, ReferencePolicy, check_identity
 from prefopt.step import StepResult, preference_step
+from prefopt.trainer.adapter_files import save_encoders
+from prefopt.trainer.adapters import regularised
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.model_card import write_model_card
 from prefopt.trainer.nonfinite import NonFiniteStepError, describe
 from prefopt.trainer.sharding import gathered
+from prefopt.trainer.whole_step import ScoredBatch, scored_step
 from prefopt.trainer.window import LogWindow
-from prefopt.types import OptimizerStep, StepCounts
+from prefopt.types import OptimizerStep, PreferenceBatch, StepCounts
 
 __all__ = ["StepTrainer"]
 
@@ -34,8 +36,6 @@ HALF_EPSILON = 1e-4
 """Adam's epsilon for float16 weights: gradients below it are noise in a type with 10 bits."""
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STATE_FILE = "prefopt_state.json"
-REFERENCE_FILE = "reference.safetensors"
-"""The reference's weights, where they move (TR-DPO, BEMA)."""
 
 
 class StepTrainer(Trainer):
@@ -130,11 +130,16 @@ class StepTrainer(Trainer):
             self.optimizer.train()
         counts = self.step_counts(step)
         self.last_step, self.last_losses = step, []
+        scored = self.scored_step(model, step)
         for index, batch in enumerate(step.micro_batches):
             with self.synchronised(model, index == len(step.micro_batches) - 1):
                 with self.compute_loss_context_manager():
-                    result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
-                    loss = self.args.world_size * total(result.terms, batch, counts)
+                    reference = scored[index].reference if scored else self.reference
+                    options = {"aux_weight": self.aux_weight, "learn": not scored}
+                    result = preference_step(model, reference, batch, self.preference, **options)
+                    terms = scored[index].applied(result.terms, result.policy) if scored else result.terms
+                    terms = regularised(terms, self.model)
+                    loss = self.args.world_size * total(terms, batch, counts)
                 self.check_identity_once(result, batch.rows)
                 self.accelerator.backward(loss, **self.backward_options())
             self.last_losses.append(loss.detach())
@@ -143,6 +148,21 @@ class StepTrainer(Trainer):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return torch.stack(self.last_losses).sum()
+
+    def scored_step(self, model: nn.Module, step: OptimizerStep) -> list[ScoredBatch]:
+        """The micro-batches, scored, for losses of the whole step; empty where there is none, or it is one batch."""
+        if not self.preference.needs_whole_step or (len(step.micro_batches) == 1 and self.args.world_size == 1):
+            return []
+
+        def run(batch: PreferenceBatch) -> StepResult:
+            with self.compute_loss_context_manager():
+                return preference_step(model, self.reference, batch, self.preference)
+
+        num_pairs = self.get_total_train_batch_size(self.args)
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        # the second run of a micro-batch has the dropout of the first
+        with torch.random.fork_rng(devices, device_type=self.args.device.type if devices else "cuda"):
+            return scored_step(step, run, self.preference, num_pairs, self.sum_over_ranks)
 
     @contextmanager
     def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -228,6 +248,7 @@ class StepTrainer(Trainer):
         ):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
+                save_encoders(self.model, output_dir or self.args.output_dir)  # type: ignore[arg-type]
                 write_model_card(self, output_dir or self.args.output_dir)  # type: ignore[arg-type]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -239,19 +260,13 @@ class StepTrainer(Trainer):
             "last_logged_step": self._globalstep_last_logged,
             "reward_shift": shift.state_dict() if (shift := self.preference.reward_shift) else None,
         }
-        moving = self.model_reference if self.reference_updates else None
-        weights = {} if moving is None else {k: gathered(v).contiguous() for k, v in moving.weights().items()}
         if self.args.should_save:
             Path(output_dir, STATE_FILE).write_text(json.dumps(state, indent=1))
-            if moving is not None:
-                save_file(weights, Path(output_dir, REFERENCE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint, STATE_FILE)).is_file():
             self.resumed_log = json.loads(path.read_text())
-        if checkpoint is not None and self.reference_updates and self.model_reference is not None:
-            self.model_reference.load_weights(load_file(Path(checkpoint, REFERENCE_FILE)))
 
     def continue_log(self) -> None:
         """After a resume: the running sums of the loss and the metrics, as they were when the checkpoint was made."""

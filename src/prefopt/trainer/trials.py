@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.batching.images import VisionInputs
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.capability import LAYOUTS
-from prefopt.scoring.forward import innermost, score
+from prefopt.scoring.encoder_decoder import num_positions
+from prefopt.scoring.forward import body_of, innermost, score
 from prefopt.scoring.head.plan import uncached
 from prefopt.types import Branch, PreferenceBatch, Statistic, TokenizedExample
 
@@ -45,8 +48,12 @@ def run_trials(
     statistics: frozenset[Statistic] = frozenset(),
     with_aux_loss: bool = False,
     precision: Callable[[], AbstractContextManager[Any]],
+    vision: VisionInputs | None = None,
 ) -> Trials:
     """Run a pair at three lengths as training would, without activation checkpointing and without a backward pass.
+
+    An image cannot be cut: the lengths are those of the tokens alone, without images, and what encoding the images
+    keeps is added in proportion. So the weights that encode them get no gradient here, as in a step without images.
 
     Args:
         model: not sharded, with `install` done. It is left in training mode.
@@ -55,6 +62,7 @@ def run_trials(
         layout: of the batches.
         statistics, with_aux_loss: of `score`, as in training.
         precision: the context that training computes in.
+        vision: how images reach the model.
     """
     device = innermost(model).device
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
@@ -70,17 +78,22 @@ def run_trials(
     random_state = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
     # the gradients of logits that the head keeps are no need: it takes only room that is there
     with random_state, segment_attention(model), not_checkpointing(model), uncached(), precision():
+        per_token = 0.0
+        if vision is not None and any(example.images.values()):
+            per_token = vision_bytes_per_token(model, LAYOUTS[layout]([example], branches, vision).to(device))
         for trial in trial_examples(example, branches):
-            batch = LAYOUTS[layout]([trial], branches).to(device)
+            batch = LAYOUTS[layout]([trial], branches, vision).to(device)
             inputs = [*batch.model_inputs.values(), batch.predict_from, batch.targets]
             kept, result = kept_bytes(lambda batch=batch: forward(batch), [*weights, *inputs])
-            counts.append((batch.model_inputs["input_ids"].numel(), kept))
+            tokens = num_positions(batch.model_inputs)
+            counts.append((tokens, kept + round(per_token * tokens)))
             reached |= reached_parameters(result)
     return Trials(tuple(counts), trained <= reached)
 
 
 def trial_examples(example: TokenizedExample, branches: Sequence[Branch]) -> Iterator[TokenizedExample]:
-    """A pair at the lengths of `SCALES`, each part exactly in proportion; every completion token is scored."""
+    """A pair at the lengths of `SCALES`, each part exactly in proportion; every completion token is scored, no image
+    is there."""
     lengths = [len(example.prompt_ids), *(len(example.completion_ids[branch]) for branch in branches)]
     share = min(1.0, LONGEST_TRIAL / sum(lengths)) / SCALES[-1]
 
@@ -96,7 +109,23 @@ def trial_examples(example: TokenizedExample, branches: Sequence[Branch]) -> Ite
             completion_ids=completions,
             loss_masks={branch: (True,) * len(ids) for branch, ids in completions.items()},
             prompt_starts={},
+            images={},
         )
+
+
+def vision_bytes_per_token(model: nn.Module, batch: PreferenceBatch) -> float:
+    """Bytes that autograd keeps of encoding the images of a batch, for each of all its tokens."""
+    encode: Any = body_of(innermost(model)).get_image_features
+    known = inspect.signature(encode).parameters
+    inputs = {name: value for name, value in batch.model_inputs.items() if name in known}
+
+    def features() -> Tensor:
+        encoded: Any = encode(**inputs)
+        encoded = getattr(encoded, "pooler_output", encoded)
+        return torch.stack([part.sum() for part in encoded]).sum()
+
+    kept, _ = kept_bytes(features, [*model.parameters(), *model.buffers(), *inputs.values()])
+    return kept / batch.model_inputs["input_ids"].numel()
 
 
 @contextmanager

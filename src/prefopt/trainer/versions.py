@@ -6,10 +6,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import Trainer
+
 __all__ = [
     "CHECKPOINTING_NAMES",
     "chosen_checkpointing",
     "end_run",
+    "own_optimizer_and_scheduler",
     "recomputing",
     "set_checkpointing",
     "stop_checkpointing",
@@ -94,6 +97,28 @@ def stop_checkpointing(model: Any) -> None:
     else:
         model.gradient_checkpointing_disable()
     model.disable_input_require_grads()
+
+
+@contextmanager
+def own_optimizer_and_scheduler(trainer: Any, num_training_steps: int) -> Iterator[None]:
+    """Calls a subclass's ``create_optimizer_and_scheduler`` before what is done within makes either.
+
+    The documents of transformers name it as the method to override, and tools that train in chunks do; from 5.0 on
+    training passes it over. Can go when they call it again, or name it no more.
+
+    Args:
+        trainer: a ``Trainer`` whose optimizer is not made from a wrapped model.
+        num_training_steps: of the run.
+    """
+    if type(trainer).create_optimizer_and_scheduler is Trainer.create_optimizer_and_scheduler:
+        yield
+        return
+    if trainer._created_lr_scheduler:  # of an earlier call of `train`
+        trainer.lr_scheduler = None
+    trainer.create_optimizer_and_scheduler(num_training_steps=num_training_steps)
+    trainer._created_lr_scheduler = False  # it would be taken for the one of an earlier call
+    yield
+    trainer._created_lr_scheduler = True
 
 
 def end_run(trainer: Any) -> None:

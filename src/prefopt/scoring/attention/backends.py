@@ -105,6 +105,8 @@ def obstacle(name: str, case: Case) -> str | None:
     """Why a kernel is not for this kind of call."""
     if case.unknown:
         return f"only the model's own attention knows what to do with {', '.join(case.unknown)}"
+    if case.blocks:
+        return "its mask is causal, and the tokens of an image see each other in both directions"
     try:
         return BACKENDS[name].obstacle(case)
     except ImportError as error:

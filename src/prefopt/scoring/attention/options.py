@@ -30,6 +30,8 @@ class LayerOptions:
     sinks: Tensor | None = None
     """[heads] a score per head that takes part in the softmax and has no value."""
     dropout: float = 0.0
+    blocks: bool = False
+    """Whether tokens of the row see each other in both directions."""
     unknown: tuple[str, ...] = ()
     """Names of tensors that only the model's own attention knows what to do with."""
 
@@ -43,6 +45,7 @@ def layer_options(arguments: Mapping[str, Any], plan: Plan) -> LayerOptions:
         softcap=arguments.get("softcap"),
         sinks=arguments.get("s_aux"),
         dropout=arguments.get("dropout") or 0.0,
+        blocks=bool(plan.blocks),
         unknown=tuple(
             name for name, value in arguments.items() if isinstance(value, Tensor) and name not in KNOWN_TENSORS
         ),
@@ -66,6 +69,7 @@ class Case:
     sinks: bool
     dropout: float
     unknown: tuple[str, ...]
+    blocks: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -87,6 +91,7 @@ def case_of(query: Tensor, key: Tensor, value: Tensor, options: LayerOptions) ->
         sinks=options.sinks is not None,
         dropout=options.dropout,
         unknown=options.unknown,
+        blocks=options.blocks,
     )
 
 

@@ -26,15 +26,18 @@ class Plan:
     """The segments of a row of S tokens, on the host, and what kernels made of them.
 
     Args:
-        segments: K times ``(start, end, prefix_start, prefix_end)``. They tile the row in order. One without a prefix
+        table: K times ``(start, end, prefix_start, prefix_end)``. They tile the row in order. One without a prefix
             begins a group; those with one follow it directly, and their prefix is the beginning of that segment, never
-            longer than the prefix of the segment before.
+            longer than the prefix of the segment before. Then the blocks ``(start, end, -1, -1)``, each in a segment.
         device: where the row is.
     """
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(self, table: Sequence[Segment], device: torch.device) -> None:
+        segments = tuple((start, end, first, last) for start, end, first, last in table if first >= 0)
         check_groups(segments)
-        self.segments = segments
+        self.segments: Sequence[Segment] = segments
+        self.blocks = tuple((start, end) for start, end, prefix, _ in table if prefix < 0)
+        """Tokens that see each other in both directions."""
         self.device = device
         self.num_tokens = segments[-1][1]
         self.longest = max(end - start for start, end, _, _ in segments)
@@ -49,10 +52,18 @@ class Plan:
             self._made[key] = make()
         return self._made[key]
 
-    def mask(self, length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:
+    def blocks_on_path(self, segment: Segment) -> tuple[tuple[int, int], ...]:
+        """The blocks of a segment, counted from the beginning of its prefix."""
+        start, end, prefix_start, prefix_end = segment
+        shift = prefix_end - prefix_start - start
+        return tuple((first + shift, last + shift) for first, last in self.blocks if start <= first and last <= end)
+
+    def mask(
+        self, length: int, prefix: int, window: int | None, like: Tensor, blocks: tuple[tuple[int, int], ...] = ()
+    ) -> Tensor:
         """`segment_mask`, made once for all layers."""
-        key = ("mask", length, prefix, window, like.dtype)
-        return self.once(key, lambda: segment_mask(length, prefix, window, like))
+        key = ("mask", length, prefix, window, like.dtype, blocks)
+        return self.once(key, lambda: segment_mask(length, prefix, window, like, blocks))
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """A tensor of the host, copied without waiting for the device."""
@@ -86,7 +97,7 @@ def is_segments(attention_mask: Any) -> bool:
 
 
 def attach_segments(carrier: Any, segments: Sequence[Segment]) -> None:
-    """Tell a carrier its own content, so that nobody has to wait for the device to read it."""
+    """Tell a carrier its own content, with the blocks, so that nobody has to wait for the device to read it."""
     if not hasattr(carrier, "prefopt_plan"):
         carrier.prefopt_plan = Plan(segments, carrier.device)
 
@@ -103,11 +114,18 @@ def table_of(carrier: Any) -> Sequence[Segment]:
     return plan_of(carrier).segments
 
 
-def segment_mask(length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:
-    """[1, 1, length, prefix + length] additive mask; the window counts positions on the path, not row indices."""
+def segment_mask(
+    length: int, prefix: int, window: int | None, like: Tensor, blocks: Sequence[tuple[int, int]] = ()
+) -> Tensor:
+    """[1, 1, length, prefix + length] additive mask; the window counts positions on the path, not row indices.
+
+    The tokens of a block see each other in both directions, within the window.
+    """
     queries = torch.arange(prefix, prefix + length, device=like.device)[:, None]
     keys = torch.arange(prefix + length, device=like.device)[None, :]
     visible = keys <= queries
+    for start, end in blocks:
+        visible[start - prefix : end - prefix, start:end] = True
     if window is not None:
         visible &= queries - keys < window
     mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)

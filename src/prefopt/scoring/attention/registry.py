@@ -24,8 +24,9 @@ from prefopt.scoring.attention.backends import backend_for
 from prefopt.scoring.attention.options import case_of, layer_options
 from prefopt.scoring.attention.plan import is_segments, plan_of
 from prefopt.scoring.attention.segments import attend_segments, masks_of, original_call, torch_call
+from prefopt.scoring.unsloth import is_unsloth
 
-__all__ = ["segment_attention"]
+__all__ = ["segment_attention", "without_segments"]
 
 PREFIX = "prefopt_"
 
@@ -33,7 +34,7 @@ PREFIX = "prefopt_"
 @contextmanager
 def segment_attention(*models: nn.Module) -> Iterator[None]:
     """Within the context the models understand segments. Contexts may be nested."""
-    changed = attention_configs(*models)
+    changed = attention_configs(*(model for model in models if not is_unsloth(model)))  # which has attention of its own
     for config in changed:
         name = config._attn_implementation or "eager"
         register(name)
@@ -45,11 +46,28 @@ def segment_attention(*models: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
 
 
+@contextmanager
+def without_segments(*models: nn.Module) -> Iterator[None]:
+    """Within the context the models attend as before `segment_attention`. No backward pass may be pending."""
+    changed = [c for c in configs_of(*models) if str(c._attn_implementation).startswith(PREFIX)]
+    for config in changed:
+        config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
+    try:
+        yield
+    finally:
+        for config in changed:
+            config._attn_implementation_internal = PREFIX + config._attn_implementation
+
+
 def attention_configs(*models: nn.Module) -> list[Any]:
     """The distinct configs of the models' parts that do not yet name a segment implementation."""
+    return [c for c in configs_of(*models) if not str(c._attn_implementation).startswith(PREFIX)]
+
+
+def configs_of(*models: nn.Module) -> list[Any]:
+    """The distinct configs of the models' parts."""
     parts = (part for model in models for part in model.modules() if isinstance(part, PreTrainedModel))
-    configs = {id(part.config): part.config for part in parts}
-    return [c for c in configs.values() if not str(c._attn_implementation).startswith(PREFIX)]
+    return list({id(part.config): part.config for part in parts}.values())
 
 
 def register(name: str) -> None:
@@ -72,7 +90,7 @@ def original_attention(module: Any, name: str) -> Callable[..., Any]:
     """What transformers would call: a registered function, or the eager one of the module's own modeling file."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     original = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[arg-type]
-    if "flash" not in name:
+    if masks_of(name) != "never":
         return original
 
     def flash(module: Any, *args: Any, **kwargs: Any) -> Any:

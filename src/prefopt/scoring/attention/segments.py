@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask, sdpa_mask
 
 from prefopt.scoring.attention.plan import Plan
 
@@ -29,10 +30,12 @@ its own end: a fifth less time at 300 to 500 tokens. Smaller blocks save arithme
 
 
 def masks_of(name: str) -> Masks:
-    """When the original implementation ``name`` needs a mask."""
-    if "flash" in name:
+    """When the original implementation ``name`` needs a mask: when transformers would make one for it. That holds for
+    kernels of the Hub too, whose names say nothing."""
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if mask_function in (None, flash_attention_mask):
         return "never"
-    return "unless causal" if name == "sdpa" else "always"
+    return "unless causal" if mask_function is sdpa_mask else "always"
 
 
 def torch_call(scale: float | None, dropout: float) -> SegmentCall:
@@ -69,28 +72,42 @@ def attend_segments(
     pieces = list(zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True))
     keys_at = {start: own[1:] for (start, *_), own in zip(plan.segments, pieces, strict=True)}
     outputs: list[Tensor] = []
-    for (queries, keys, values), (_, _, prefix_start, prefix_end) in zip(pieces, plan.segments, strict=True):
+    for (queries, keys, values), segment in zip(pieces, plan.segments, strict=True):
+        _, _, prefix_start, prefix_end = segment
         if prefix := prefix_end - prefix_start:
             root_keys, root_values = (tensor[:, :, :prefix] for tensor in keys_at[prefix_start])
             keys, values = torch.cat([root_keys, keys], dim=2), torch.cat([root_values, values], dim=2)
-        outputs += attend_path(call, queries, keys, values, plan, window, masks)
+        outputs += attend_path(call, queries, keys, values, plan, window, masks, plan.blocks_on_path(segment))
     return torch.cat(outputs, dim=1)
 
 
 def attend_path(
-    call: SegmentCall, query: Tensor, keys: Tensor, values: Tensor, plan: Plan, window: int | None, masks: Masks
+    call: SegmentCall,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: Plan,
+    window: int | None,
+    masks: Masks,
+    images: tuple[tuple[int, int], ...] = (),
 ) -> list[Tensor]:
-    """The outputs of queries that stand at the end of their keys, block by block."""
-    whole = masks == "never" or query.device.type != "cpu"
+    """The outputs of queries that stand at the end of their keys, block by block.
+
+    Args:
+        images: places on the path that see each other in both directions; then all queries are one block. Where masks
+            are never made they do not, as flash attention does not let them in the model itself.
+    """
+    whole = masks == "never" or query.device.type != "cpu" or bool(images)
     sizes = [query.shape[2]] if whole else block_sizes(query.shape[2], CPU_BLOCK)
     end, outputs = keys.shape[2] - query.shape[2], []
     for block, size in zip(query.split(sizes, dim=2), sizes, strict=True):
         first = 0 if window is None else max(0, end - window + 1)  # what even the first query no longer sees
         end += size
         count = end - first
-        plain = count == size and (window is None or size <= window)
+        plain = count == size and (window is None or size <= window) and not images
         unmasked = masks == "never" or (masks == "unless causal" and plain)
-        mask = None if unmasked else plan.mask(size, count - size, window, query)
+        own = tuple((start - first, end - first) for start, end in images)
+        mask = None if unmasked else plan.mask(size, count - size, window, query, own)
         outputs.append(call(block, keys[:, :, first:end], values[:, :, first:end], mask))
     return outputs
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prefopt.scoring.head.factors import factors_of, is_bare
+from prefopt.scoring.head.factors import factors_of, is_bare, with_bias
 from prefopt.scoring.head.function import factored_stats
 from prefopt.scoring.tokens import Head, tiled_stats
 from prefopt.scoring.transforms import LogitTransform
@@ -32,6 +32,7 @@ class TokenRequest:
     targets: Tensor
     transform: LogitTransform
     statistics: frozenset[Statistic]
+    bias: Tensor | None
 
 
 def token_stats(
@@ -40,6 +41,7 @@ def token_stats(
     targets: Tensor,
     transform: LogitTransform,
     statistics: frozenset[Statistic] = frozenset(),
+    bias: Tensor | None = None,
 ) -> TokenStats:
     """Statistics of N tokens under a model's head, with gradients for the hidden states and the head's weights.
 
@@ -49,11 +51,12 @@ def token_stats(
         targets: [N] token ids.
         transform: what the model does to its logits.
         statistics: what is wanted beyond the log-probs; without a gradient.
+        bias: [V] what the model adds to the head's output, before the transform.
     """
-    request = TokenRequest(targets, transform, statistics)
+    request = TokenRequest(targets, transform, statistics, bias)
     if not is_bare(head, forward):
         return from_logits(head, hidden, request, head)
-    if "forward" not in vars(head):
+    if getattr(vars(head).get("forward"), "__func__", None) is not forward:
         head.forward = MethodType(forward, head)  # bound: a copy of the module gets a method of its own
     return TokenStats(**head(hidden, token_request=request))
 
@@ -71,6 +74,8 @@ def forward(self: nn.Module, *args: Any, token_request: TokenRequest | None = No
     if factors is None:
         stats = from_logits(original, hidden, token_request, self)
     else:
+        if token_request.bias is not None:
+            factors = with_bias(factors, token_request.bias)
         wanted = (token_request.targets, token_request.transform, token_request.statistics)
         stats = factored_stats(factors, *wanted)  # type: ignore[call-arg]
     return {name: value for name, value in vars(stats).items() if value is not None}
@@ -81,6 +86,7 @@ def from_logits(make_logits: Head, hidden: Tensor, request: TokenRequest, head: 
     vocab_size = int(getattr(head, "out_features", LARGE_VOCABULARY))
 
     def transformed(rows: Tensor) -> Tensor:
-        return request.transform(make_logits(rows))
+        logits = make_logits(rows)
+        return request.transform(logits if request.bias is None else logits + request.bias)
 
     return tiled_stats(transformed, hidden, request.targets, vocab_size, request.statistics)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "factors_of", "is_bare"]
+__all__ = ["Factors", "factors_of", "is_bare", "with_bias"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHARDING_HOOKS = ("torch.distributed.fsdp.", "deepspeed.")
@@ -54,9 +54,13 @@ def factors_of_linear(layer: Any, hidden: Tensor) -> Factors | None:
     if not (is_matrix(weight) and weight.shape[1] == hidden.shape[1] and weight.device == hidden.device):
         return None
     factors = Factors((hidden,), (weight,))
-    if bias is None:
-        return factors
-    return factors + Factors((torch.ones_like(hidden[:, :1], requires_grad=False),), (bias[:, None],))
+    return factors if bias is None else with_bias(factors, bias)
+
+
+def with_bias(factors: Factors, bias: Tensor) -> Factors:
+    """``factors`` with a bias [V] added to the logits."""
+    ones = torch.ones_like(factors.inputs[0][:, :1], requires_grad=False)
+    return factors + Factors((ones,), (bias[:, None],))
 
 
 def is_matrix(weight: Any) -> bool:
@@ -112,8 +116,8 @@ def is_bare(head: nn.Module, own_forward: Callable[..., Any]) -> bool:
 
 
 def is_own_forward(module: nn.Module, own_forward: Callable[..., Any]) -> bool:
-    replaced = vars(module).get("forward")
-    return replaced is None or getattr(replaced, "__func__", None) is own_forward
+    replaced = vars(module).get("forward")  # the class's own, where the module was pickled with ours
+    return replaced is None or getattr(replaced, "__func__", None) in (own_forward, type(module).forward)
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:

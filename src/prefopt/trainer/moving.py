@@ -1,0 +1,120 @@
+"""What follows the policy, before a run and in its checkpoints: TR-DPO's or BEMA's reference, and BEMA's average."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefopt.reference import ModelReference, Precomputed
+from prefopt.reference.policy import AdapterOff
+from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback, updates_reference
+from prefopt.trainer.evaluation import EvaluatingTrainer
+from prefopt.trainer.sharding import gathered
+
+__all__ = ["MovingTrainer", "has_reference_logps"]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_FILE = "reference.safetensors"
+"""The reference's weights, where they move."""
+AVERAGE_FILE = "bema_{}.safetensors"
+"""The average of each `BEMACallback`, by its number."""
+
+
+class MovingTrainer(EvaluatingTrainer):
+    """Hands the reference to the callbacks that move it, and keeps what they have made of it in checkpoints."""
+
+    @property
+    def moving_reference(self) -> ModelReference | None:
+        """The reference, where it moves."""
+        return self.model_reference if self.reference_updates else None
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin_moving()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def begin_moving(self) -> None:
+        """The callbacks get the reference of this run.
+
+        Raises:
+            ValueError: it moves, but was not made for it.
+        """
+        options, callbacks = self.args, self.callback_handler.callbacks
+        own: Any = self.model_reference
+        if getattr(options, "sync_ref_model", False) and not any(
+            isinstance(c, SyncReferenceCallback) for c in callbacks
+        ):
+            self.add_callback(SyncReferenceCallback(own, options))
+        self.reference_updates = updates_reference(options, callbacks)
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        self.refuse_given_logps(self.train_dataset, *sets)
+        if self.reference_updates and isinstance(own, AdapterOff):
+            raise ValueError(
+                "The reference is the policy with its adapter off, which has no weights of its own to move. Give "
+                "`BEMACallback(update_ref_model=True)` to the trainer's constructor, in `callbacks`: it then makes a "
+                "copy of the adapter."
+            )
+        for callback in callbacks:
+            if isinstance(callback, SyncReferenceCallback | BEMACallback):
+                callback.reference = own
+
+    def refuse_given_logps(self, *sets: Any) -> None:
+        """Log-probs that were computed beforehand do not go with a reference that moves.
+
+        Raises:
+            ValueError: one of ``sets`` brings them, or ``precompute_ref_log_probs`` asks for them, and it moves.
+        """
+        given = isinstance(self.reference, Precomputed) or any(map(has_reference_logps, sets))
+        if self.reference_updates and given:
+            raise ValueError(
+                "The reference moves during training (`sync_ref_model`, or BEMA's `update_ref_model`), so log-probs "
+                "that were computed beforehand are those of a reference that is left behind. Leave "
+                "`precompute_ref_log_probs` and the columns `ref_chosen_logps` and `ref_rejected_logps` out."
+            )
+
+    def averages(self) -> Iterator[tuple[str, BEMACallback]]:
+        """Each `BEMACallback`, and the name of its file in a checkpoint."""
+        found = (callback for callback in self.callback_handler.callbacks if isinstance(callback, BEMACallback))
+        for number, callback in enumerate(found):
+            yield AVERAGE_FILE.format(number), callback
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.moving_reference is not None:
+            self.save_weights(self.moving_reference.weights(), Path(output_dir, REFERENCE_FILE))
+        for name, callback in self.averages():
+            self.save_weights(callback.state_dict(), Path(output_dir, name))
+
+    def save_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Write weights that may be divided among ranks; collective."""
+        whole = {name: gathered(tensor).contiguous() for name, tensor in weights.items()}
+        if self.args.should_save:
+            save_file(whole, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.moving_reference is not None:
+            self.moving_reference.load_weights(load_file(Path(checkpoint, REFERENCE_FILE)))
+        for name, callback in self.averages():
+            if (path := Path(checkpoint, name)).is_file():
+                callback.load_state_dict(load_file(path))
+            else:
+                logger.warning("%s has no %s: BEMA's average begins with this run.", checkpoint, name)
+
+    def load_best_reference(self) -> None:
+        """With the best policy comes the reference that it was compared with."""
+        if self.moving_reference is not None:
+            best: Any = self.state.best_model_checkpoint
+            self.moving_reference.load_weights(load_file(Path(best, REFERENCE_FILE)))
+
+
+def has_reference_logps(rows: Any) -> bool:
+    """Whether a prepared set brings reference log-probs."""
+    return "ref_chosen_logps" in (getattr(rows, "column_names", None) or ())
