@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ def test_images_in_the_parts_of_messages() -> None:
     plain = DataCollatorForVisionPreference(made)([row([second, first], "") | {"prompt": user(PART, PART)}])
     assert torch.equal(both["pixel_values"], plain["pixel_values"])
     assert text_of(both, 0, made.tokenizer).replace("<image>", "").startswith("<|im_start|>user:or<|im_end|>")
+
+
+def test_images_in_any_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    image().save(path)
+    made = processor("llava")
+    expected = DataCollatorForVisionPreference(made)([row([image()], "What?")])
+    for given in (str(path), path, path.read_bytes(), {"bytes": None, "path": str(path)}):
+        batch = DataCollatorForVisionPreference(made)([row([], "What?") | {"images": [given]}])
+        assert all(torch.equal(batch[key], tensor) for key, tensor in expected.items())
 
 
 def test_images_go_before_the_first_user_turn() -> None:
@@ -106,20 +117,22 @@ def test_text_beside_messages() -> None:
 
 
 BROKEN = {
-    "no prompt": ({"prompt": None}, "column 'prompt': it is missing .*not split off"),
-    "no completion": ({"rejected": None}, "column 'rejected': it is missing"),
-    "too few parts": ({"prompt": user(PART, PART)}, "column 'prompt': 1 images for 2 image parts"),
-    "nowhere to put it": ({"prompt": assistant("Hm.")}, "column 'prompt': no user turn"),
-    "image in a completion": ({"chosen": user(PART)}, "column 'chosen': the content has a part of type 'image'"),
-    "video": ({"prompt": user({"type": "video"})}, "column 'prompt': the content has a part of type 'video'"),
-    "image token in a text": ({"chosen": assistant("<image>")}, "column 'chosen': 1 images, but 2 image tokens"),
-    "no message": ({"chosen": [{"content": "no role"}]}, "column 'chosen': expected messages"),
-    "empty": ({"prompt": []}, "column 'prompt': expected messages"),
-    "bad tools": ({"tools": "[{"}, "column 'tools': the text is not JSON"),
-    "bad template": ({"chat_template_kwargs": {"tokenize": 1}}, "column 'prompt': the chat template failed"),
+    "no prompt": ({"prompt": None}, "'prompt': it is missing .*not split off"),
+    "no completion": ({"rejected": None}, "'rejected': it is missing"),
+    "too few images": ({"prompt": user(PART, PART)}, "'images': 1 images for 2 image parts"),
+    "nowhere to put it": ({"prompt": assistant("Hm.")}, "'images': there is no user turn"),
+    "image in a completion": ({"chosen": user(PART)}, "'images': the prompt cannot hold .*chosen: 0, rejected: 1"),
+    "other images": ({"rejected_images": [image()]}, "'rejected_images': the two sides have other images"),
+    "no image": ({"images": [b"text"]}, "'images': the image cannot be read"),
+    "video": ({"prompt": user({"type": "video"})}, r"'prompt\[0\]': the content has a part of type 'video'"),
+    "image token in a text": ({"chosen": assistant("<image>")}, "'images': the prompt cannot hold"),
+    "no message": ({"chosen": [{"content": "no role"}]}, r"'chosen\[0\]': the message has no 'role'"),
+    "empty": ({"prompt": []}, "'prompt': it is missing"),
+    "bad tools": ({"tools": "[{"}, "'tools': the text is not JSON"),
+    "bad template": ({"chat_template_kwargs": {"tokenize": 1}}, "'prompt': the chat template failed"),
     "plain without a place": (
         {"prompt": "What?", "chosen": "A.", "rejected": "B."},
-        "column 'prompt': 1 images, but 0 image tokens",
+        "'images': 1 images for 0 image tokens",
     ),
 }
 
@@ -128,7 +141,7 @@ BROKEN = {
 def test_a_broken_row_is_named(name: str) -> None:
     change, message = BROKEN[name]
     rows = [*one_image_rows(), row([image()], "Broken?") | change]
-    with pytest.raises(ValueError, match=f"row 2 of the batch, {message}"):
+    with pytest.raises(ValueError, match=f"row 2 of the batch, column {message}"):
         DataCollatorForVisionPreference(processor("llava"))(rows)
 
 

@@ -13,7 +13,10 @@ from transformers import (
     MllamaProcessor,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
+    Qwen3VLProcessor,
+    SmolVLMProcessor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -21,6 +24,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{% endif %}{% if style is defined %}[{{ style }}]{% endif %}"
@@ -33,7 +38,10 @@ TEMPLATE = (
 PLACE = {
     "llava": "<image>",
     "qwen2_vl": "<|image_pad|>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "idefics3": "<image>",
+    "smolvlm": "<image>",
     "gemma3": "<boi>",
     "mllama": "<|image|>",
     "paligemma": "<image>",
@@ -41,12 +49,34 @@ PLACE = {
 """Processor -> what stands for one image in its text."""
 
 
-class PhotosOnly(Qwen2VLProcessor):
-    """Qwen2-VL's processor without its video processor, which needs torchvision."""
+class WithoutVideos:
+    """A processor without its video processor, which needs torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
+
+
+class PhotosOnly(WithoutVideos, Qwen2VLProcessor):
+    pass
+
+
+class PhotosOnly25(WithoutVideos, Qwen2_5_VLProcessor):
+    pass
+
+
+class PhotosOnly3(WithoutVideos, Qwen3VLProcessor):
+    pass
+
+
+class SmolPhotosOnly(WithoutVideos, SmolVLMProcessor):
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, video_processor=None, **options)
+
+
+QWEN = {"qwen2_vl": PhotosOnly, "qwen2_5_vl": PhotosOnly25, "qwen3_vl": PhotosOnly3}
+# What SmolVLM writes of a video, and never of an image; the package may not be there
+processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
 
 def byte_tokenizer(*special: str, merges: tuple[tuple[str, str], ...] = (), **named: str) -> PreTrainedTokenizerFast:
@@ -72,17 +102,23 @@ def processor(name: str, **tokenizer_options: Any) -> Any:
         named = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"}
         images: Any = Gemma3ImageProcessorPil(size=square)
         return Gemma3Processor(images, byte_tokenizer(**named), chat_template=template, image_seq_length=4)
-    tokenizer = byte_tokenizer(PLACE[name], "<|video_pad|>", "<fake_token_around_image>", **tokenizer_options)
+    markers = ("<|vision_start|>", "<|vision_end|>") if name in ("qwen2_5_vl", "qwen3_vl") else ()
+    place = "<|image_pad|>" if name in QWEN else PLACE[name]
+    tokenizer = byte_tokenizer(place, "<|video_pad|>", "<fake_token_around_image>", *markers, **tokenizer_options)
     if name == "llava":
         images = LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
         options = {"patch_size": 14, "vision_feature_select_strategy": "full"}
         return LlavaProcessor(images, tokenizer, chat_template=template, **options)
-    if name == "qwen2_vl":
+    if name in QWEN:
         images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
-        return PhotosOnly(images, tokenizer, chat_template=template)
-    if name == "idefics3":
-        images = Idefics3ImageProcessorPil(size={"longest_edge": 28}, max_image_size={"longest_edge": 14})
-        return Idefics3Processor(images, tokenizer, image_seq_len=3, chat_template=template)
+        return QWEN[name](images, tokenizer, chat_template=template)
+    if name in ("idefics3", "smolvlm"):
+        kind, whole = {
+            "idefics3": (Idefics3ImageProcessorPil, Idefics3Processor),
+            "smolvlm": (SmolVLMImageProcessorPil, SmolPhotosOnly),
+        }[name]
+        images = kind(size={"longest_edge": 28}, max_image_size={"longest_edge": 14})
+        return whole(images, tokenizer, image_seq_len=3, chat_template=template)
     if name == "mllama":
         images = MllamaImageProcessorPil(size=square, max_image_tiles=2)
         return MllamaProcessor(images, tokenizer, chat_template=template)

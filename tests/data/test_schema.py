@@ -155,9 +155,9 @@ TOKENS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
         ({**BASE, "prompt": [{"from": "human", "value": "x"}]}, r"column 'prompt\[0\]'.*no 'role'.*from, value"),
         ({**BASE, "prompt": ["x"]}, r"column 'prompt\[0\]': expected a message, got str 'x'"),
         ({**BASE, "prompt": [user(3)]}, "the content is int 3"),  # type: ignore[arg-type]
-        ({**BASE, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "Vision-language data is not support"),
+        ({**BASE, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, r"'prompt\[0\]'.*vision-related"),
         ({**BASE, "prompt": [{"role": "user", "content": [{"type": "odd"}]}]}, "a part that is no text"),
-        ({**BASE, "image": object()}, "column 'image': the row has images.*not supported yet"),
+        ({**BASE, "image": object()}, "column 'image': the row has images.*vision-related data.*remove the column"),
         ({**BASE, "images": [object()]}, "column 'images': the row has images"),
         ({**BASE, "tools": "[{"}, "column 'tools': the text is not JSON"),
         ({**BASE, "tools": {"a": 1}}, "column 'tools': expected a list, got dict"),
