@@ -53,7 +53,7 @@ def test_a_window_by_row_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     """A planted fault: the later completions' windows count rows instead of places in their sequence."""
     original = plan.segment_mask
     monkeypatch.setattr(
-        plan, "segment_mask", lambda length, prefix, window, like: original(length, prefix, window and 2, like)
+        plan, "segment_mask", lambda length, prefix, window, *rest: original(length, prefix, window and 2, *rest)
     )
     choice = choose_layout(tiny("mistral"), "auto", examples(1)[3], PAIR)
     assert choice.layout != "shared_prompt"
