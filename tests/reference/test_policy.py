@@ -280,7 +280,7 @@ def test_model_adapter_name_activates_the_adapter() -> None:
         (two_adapters, {"ref_adapter_name": "second"}, "the adapter being trained"),
         (two_adapters, {"ref_adapter_name": "first", "ref_model": "given"}, "Both `ref_model` and"),
         (two_adapters, {"ref_adapter_name": "first", "updates": True}, "`ref_adapter_name` is set"),
-        (tiny_llama, {"precomputed": True, "updates": True}, "`precompute_ref_log_probs` is set"),
+        (tiny_llama, {"precomputed": True, "updates": True}, "`precompute_ref_log_probs` or the column"),
     ],
 )
 def test_contradictions_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
