@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "trainer")]
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType, gather_object  # noqa: E402
+from encoder_decoders import tiny_encoder_decoder  # noqa: E402
 from runs import dataset, log_rows, trainer  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
+from prefopt import BEMACallback  # noqa: E402
 from prefopt.reference.weights import reshard  # noqa: E402
 from prefopt.scoring import capability  # noqa: E402
 
@@ -36,6 +39,13 @@ COMMON = {
     "use_cpu": True,
     "count": 11,
 }
+
+
+def positions(prediction: Any) -> dict[str, float]:
+    """Of the rows whose logits are there."""
+    return {"positions": float(sum(logits.shape[1] for logits in prediction.predictions.logits))}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {}),
     "dpo-tied-checkpointing": ("dpo", {"tied": True, "gradient_checkpointing": True}),
@@ -65,6 +75,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "resume_from": 2,
         },
     ),
+    "dpo-aot": ("dpo", {"loss_type": ["aot", "sft"], "gradient_accumulation_steps": 2}),
+    "tr-dpo-lora": ("dpo", {"lora": True, "sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "tr-dpo-lora-given": (
+        "dpo",
+        {"lora": True, "given": True, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    ),
+    "bema": ("dpo", {"bema": True}),
+    "bema-lora-resumed": (
+        "dpo",
+        {"bema": True, "lora": True, "optim": "adamw_torch", "learning_rate": 1e-4, "resume_from": 2},
+    ),
+    "dpo-logits-of-one-row": ("dpo", {"eval_rows": 1, "full_logits_for_metrics": True, "compute_metrics": positions}),
+    "encoder-decoder": ("dpo", {"kind": "t5"}),
+    "encoder-decoder-lora": ("tpo", {"kind": "bart", "lora": True, "gradient_checkpointing": True}),
     "simpo": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0}),
     "tpo": ("tpo", {"tied": True}),
 }
@@ -84,10 +108,10 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init  # type: ignore[method-assign]
 
 
-def whole(model: nn.Module) -> list[float]:
-    """All weights of a model that may be sharded, in one list."""
-    tensors = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
-    return torch.cat([tensor.flatten() for tensor in tensors]).double().tolist()
+def whole(weights: Iterable[torch.Tensor]) -> list[float]:
+    """Weights that may be sharded, in one list."""
+    tensors = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in weights]
+    return torch.cat([tensor.flatten() for tensor in tensors]).double().tolist() if tensors else []
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -102,12 +126,19 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
     if options.pop("micro_batches_of_a_rank", False):
         options |= {"per_device_train_batch_size": GLOBAL_BATCH // 2, "gradient_accumulation_steps": 2 // world}
     family, tied = options.pop("family", "llama"), options.pop("tied", False)
-    options["model"] = tiny_model(family, seed=1, tie_word_embeddings=tied)
+    options["model"], layout = tiny_model(family, seed=1, tie_word_embeddings=tied), "shared_prompt"
+    if kind := options.pop("kind", None):
+        options["model"], layout = tiny_encoder_decoder(kind, seed=1), "encoder_decoder"
     if options.pop("lora", False):
         from peft import LoraConfig
 
-        torch.manual_seed(3)
         options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    if options.pop("given", False):
+        options["ref_model"] = tiny_model(family, seed=1)
+    eval_rows, bema = options.pop("eval_rows", 5), []
+    if options.pop("bema", False):
+        bema = [BEMACallback(1, update_ref_model=True, ref_model_update_freq=1)]
+        options["callbacks"] = bema
     evaluate_first = options.pop("evaluate_first", False)
     resume_from = options.pop("resume_from", 0)
     if resume_from:
@@ -115,15 +146,18 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
     fsdp_config = options.pop("fsdp_config", {})
     if world > 1:
         options |= {"fsdp": True, "fsdp_config": fsdp_config}
-    make = functools.partial(trainer, folder / str(world), method, eval_dataset=dataset(5, seed=5), **options)
+    make = functools.partial(trainer, folder / str(world), method, eval_dataset=dataset(eval_rows, seed=5), **options)
+    torch.manual_seed(3)  # of a new adapter
     run = make()
-    assert run.layout.layout == "shared_prompt"
+    assert run.layout.layout == layout
     assert not run.layout.reasons
     if evaluate_first:
         run.evaluate()
     run.train()
     if resume_from:
-        run = make(model=tiny_model(family, seed=1, tie_word_embeddings=tied))
+        again = tiny_model(family, seed=1, tie_word_embeddings=tied)
+        torch.manual_seed(3)
+        run = make(model=again)
         run.train(resume_from_checkpoint=str(folder / str(world) / f"checkpoint-{resume_from}"))
     reference = getattr(run, "ref_model", None)
     if world > 1:
@@ -131,8 +165,10 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
             assert is_sharded(model)
     metrics = {k: v for k, v in run.evaluate().items() if "runtime" not in k and "per_second" not in k}
     return {
-        "weights": whole(run.model),
-        "reference": [] if reference is None else whole(reference),
+        "weights": whole(run.model.parameters()),
+        "reference": [] if reference is None else whole(reference.parameters()),
+        "moving": whole(run.moving_reference.weights().values()) if run.moving_reference else [],
+        "average": [number for callback in bema for number in whole(callback.state_dict().values())],
         "log": log_rows(run)[: COMMON["max_steps"]],
         "metrics": metrics,
     }

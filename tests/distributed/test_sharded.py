@@ -27,7 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_training_is_that_of_one_process(name: str, results: dict[str, dict]) -> None:
     ours, alone = results["2"][name], results["1"][name]
-    for model in ("weights", "reference"):
+    for model in ("weights", "reference", "moving", "average"):
         weights, expected = (torch.tensor(result[model], dtype=torch.float64) for result in (ours, alone))
         assert weights.shape == expected.shape
         assert (weights - expected).norm() <= TOLERANCE * expected.norm(), model

@@ -16,7 +16,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "trainer")]
 
 import torch  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
+from encoder_decoders import tiny_encoder_decoder  # noqa: E402
 from runs import UNSET, dataset, log_rows, trainer, weights  # noqa: E402
+from test_vision import trainer as vision_trainer  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
@@ -38,19 +40,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"budget-{tokens}": ("dpo", {"count": 21, "tokens_per_batch": tokens, **TWICE}) for tokens in (1, 60, 10_000)},
     "budget-stream": ("tpo", {"stream": 21, "tokens_per_batch": 60, **TWICE}),
     "budget-precomputed": ("dpo", {"count": 21, "tokens_per_batch": 60, "precompute_ref_log_probs": True}),
+    "aot": ("dpo", {"count": 21, **TWICE, "loss_type": ["aot", "aot_unpaired", "sft"]}),
+    "budget-aot": ("dpo", {"count": 21, **TWICE, "tokens_per_batch": 60, "loss_type": "aot"}),
+    "bco-shift": ("dpo", {"count": 21, **TWICE, "loss_type": "bco_pair", "bco_shift": True, "beta": 0.3}),
     "cpo": ("cpo", {"count": 21, "loss_type": "simpo", "cpo_alpha": 0.5}),
     "tpo": ("tpo", {"count": 21}),
     **{f"rows-{count}": ("dpo", {"count": count, "max_steps": 2}) for count in (1, 2, 3, 5, 6, 7)},
+    **{f"{method}-numbers": (method, {"numbers": 21, **TWICE}) for method in ("dpo", "tpo")},
+    "dpo-rankings": ("dpo", {"rankings": 21, "num_completions": 3, **TWICE}),
     "compiled": ("dpo", {"count": 21, "torch_compile_backend": "eager"}),
     "room": ("dpo", {"count": 21, "free": (1e12, 1e12)}),
     "room on one rank": ("dpo", {"count": 21, "free": (1e12, 1e4)}),
     "experts": ("cpo", {"count": 21, "family": "qwen3_moe", "router_aux_loss_coef": 0.0}),
+    "encoder-decoder": ("dpo", {"count": 21, "kind": "t5"}),
+    "encoder-decoder-lora": ("cpo", {"count": 21, "kind": "bart", "lora": True}),
+    "encoder-decoder-budget": ("tpo", {"count": 21, "kind": "bart", "tokens_per_batch": 90, **TWICE}),
     "an unused weight": ("dpo", {"count": 21, "unused": True}),
     "a search asked for": ("dpo", {"count": 21, "ddp_find_unused_parameters": True}),
+    "images": ("dpo", {"images": True, "tokens_per_batch": 1}),
+    "images-checkpointing": ("tpo", {"images": True, "gradient_checkpointing": True}),
 }
 EVALUATED = {
     **{str(count): {"count": count} for count in (1, 2, 3, 5, 9)},
+    "5-numbers": {"count": 5, "numbers": True},
     "9-budget": {"count": 9, "per_device_eval_batch_size": 4, "tokens_per_batch": 60},
+    "1-logits": {"count": 1, "full_logits_for_metrics": True},
+    **{
+        f"nine-{method}-{size}": {"count": 9, "method": method, "per_device_eval_batch_size": size}
+        for method in ("dpo", "cpo", "tpo")
+        for size in (1, 2, 4, 9)
+    },
+    "9-aot": {"count": 9, "loss_type": ["aot", "aot_unpaired"]},
 }
 
 
@@ -63,18 +83,26 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
         options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     if count := options.pop("stream", 0):
         options["rows"] = dataset(count).to_iterable_dataset()
+    if count := options.pop("numbers", 0):
+        options["rows"] = numbered(count)
+    if count := options.pop("rankings", 0):
+        options["rows"] = ranked(count)
     if free := options.pop("free", ()):
         options["gradient_checkpointing"] = UNSET
         preparing.free_bytes = lambda device, num_processes: free[int(os.environ.get("RANK", "0"))]
     if family := options.pop("family", None):
         options["model"] = tiny_model(family, seed=1)
+    expected = options.get("layout", "shared_prompt")
+    if kind := options.pop("kind", None):
+        options["model"], expected = tiny_encoder_decoder(kind, seed=1), "encoder_decoder"
     if options.pop("unused", False):
         options["model"] = tiny_model(seed=1)
         options["model"].unused = torch.nn.Parameter(torch.ones(3))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options = {"per_device_train_batch_size": GLOBAL_BATCH // world, **SGD, **options}
-    run = trainer(folder, method, **options)
-    assert run.layout.layout == options.get("layout", "shared_prompt")
+    make = vision_trainer if options.pop("images", False) else trainer
+    run = make(folder, method, **options)
+    assert run.layout.layout == expected
     run.train()
     decided = {"checkpointing": run.args.gradient_checkpointing}
     if world > 1:
@@ -83,12 +111,28 @@ def run_case(folder: Path, method: str, options: dict[str, Any]) -> dict[str, An
     return {"weights": weights(run.model).double().tolist(), "log": log_rows(run), "decided": decided}
 
 
-def evaluate(folder: Path, *, count: int, **options: Any) -> dict[str, float]:
+def numbered(count: int, seed: int = 0) -> Any:
+    """Rows with weights, some of them 0, and margins."""
+    numbers = {"weight": [0.5 * (row % 4) for row in range(count)], "margin": [row / count for row in range(count)]}
+    rows = dataset(count, seed=seed)
+    for column, values in numbers.items():
+        rows = rows.add_column(column, values)  # type: ignore[call-arg]
+    return rows
+
+
+def ranked(count: int) -> Any:
+    """Rows of two and of three completions, best to worst."""
+    sides = [[row["chosen"], row["rejected"], row["reference"]] for row in dataset(count)]
+    completions = [side[: 2 + row % 2] for row, side in enumerate(sides)]
+    return dataset(count).select_columns(["prompt"]).add_column("completions", completions)  # type: ignore[call-arg]
+
+
+def evaluate(folder: Path, *, count: int, numbers: bool = False, **options: Any) -> dict[str, float]:
     """Metrics of ``count`` rows before any training, and how many pairs ``compute_metrics`` saw, in which order."""
     seen: list[Any] = []
     run = trainer(
         folder,
-        eval_dataset=dataset(count, seed=5),
+        eval_dataset=numbered(count, seed=5) if numbers else dataset(count, seed=5),
         use_cpu=True,
         compute_metrics=lambda prediction: seen.append(prediction) or {},
         **{"per_device_eval_batch_size": 2, **options},
