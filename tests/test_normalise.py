@@ -11,7 +11,7 @@ from pairs import make_batch, make_layout, random_tokens
 from prefopt.normalise import local_counts, term_sum, total
 from prefopt.objective import Objective, build_objective
 from prefopt.scoring.sequences import sequence_stats
-from prefopt.types import TRIPLE, LossTerm, LossTerms, StepCounts, TokenStats
+from prefopt.types import TRIPLE, LossTerm, LossTerms, PreferenceBatch, StepCounts, TokenStats
 
 PAIRS = [(3, 2, 6), (1, 4, 2), (5, 5, 1), (2, 1, 3), (7, 2, 2), (1, 1, 9), (4, 6, 1), (2, 3, 5)]
 """Lengths (chosen, rejected, gold) of eight pairs."""
@@ -51,8 +51,15 @@ def micro_batch(pairs: range) -> tuple[torch.Tensor, dict]:
     return torch.tensor(where), {branch: [PAIRS[p][i] for p in pairs] for i, branch in enumerate(TRIPLE)}
 
 
-def share(objective: Objective, pairs: range, counts: StepCounts, leaf: torch.Tensor, weight: float) -> torch.Tensor:
-    """The share of a micro-batch made of ``pairs``."""
+def share(
+    objective: Objective,
+    pairs: range,
+    counts: StepCounts,
+    leaf: torch.Tensor,
+    weight: float = 1.0,
+    batch: PreferenceBatch | None = None,
+) -> torch.Tensor:
+    """The share of a micro-batch made of ``pairs``; ``batch`` where they have weights of their own."""
     _, squares, reference = whole_step(leaf.dtype)
     where, lengths = micro_batch(pairs)
     layout = make_layout(lengths)
@@ -64,7 +71,7 @@ def share(objective: Objective, pairs: range, counts: StepCounts, leaf: torch.Te
         keep_tokens=True,
     )
     ref = sequence_stats(TokenStats(logps=reference[where]), layout, ld_alpha=objective.ld_alpha)
-    return total(objective(policy, ref), make_batch(layout, weight), counts)
+    return total(objective(policy, ref), batch or make_batch(layout, weight), counts)
 
 
 def added(counts: list[StepCounts]) -> StepCounts:
@@ -200,6 +207,76 @@ def test_local_counts():
     assert float(counts.num_pairs) == 3
     assert {branch: float(n) for branch, n in counts.num_tokens.items()} == {"chosen": 7, "rejected": 6}
     assert float(counts.num_micro_batches) == 2
+
+
+def weighted_gradient(objective: Objective, ranks: list[list[range]], weights: list[float]) -> torch.Tensor:
+    """Gradient of the step whose pairs have these weights, split into ``ranks`` of micro-batches."""
+    leaf = whole_step()[0].detach().requires_grad_()
+    batches = [
+        replace(
+            make_batch(make_layout(micro_batch(pairs)[1])), row_weights=torch.tensor([weights[pair] for pair in pairs])
+        )
+        for rank in ranks
+        for pairs in rank
+    ]
+    counts = local_counts(batches)
+    for batch, pairs in zip(batches, (pairs for rank in ranks for pairs in rank), strict=True):
+        share(objective, pairs, counts, leaf, batch=batch).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+ROW_WEIGHTS = [2.0, 1.0, 0.0, 1.0, 3.0, 1.0, 0.0, 1.0]
+COPIES = [0, 0, 1, 3, 4, 4, 4, 5, 7]
+"""The pairs as often as the weights say."""
+
+
+@pytest.mark.parametrize("split", ["4x2", "1x8", "uneven", "two ranks"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_weight_is_how_often_a_row_counts(name, split):
+    """In pair losses and NLLs, in every split; so is any multiple of the weights, whatever their sum."""
+    leaf = whole_step()[0].detach().requires_grad_()
+    copies = [range(pair, pair + 1) for pair in COPIES]
+    counts = local_counts([make_batch(make_layout(micro_batch(pairs)[1])) for pairs in copies])
+    for pairs in copies:
+        share(OBJECTIVES[name], pairs, counts, leaf, 1.0).backward()
+    expected = leaf.grad
+    assert expected is not None
+    ranks = [[pairs for pairs, _ in rank] for rank in SPLITS[split]]
+    for scale in (1.0, 0.01):
+        actual = weighted_gradient(OBJECTIVES[name], ranks, [scale * weight for weight in ROW_WEIGHTS])
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_weights_by_hand():
+    """Pairs: (2 x 1 + 0.5 x 4) / 2.5 = 1.6; tokens of chosen: (2 x 1 + 0.5 (3 + 5)) / (2 x 1 + 0.5 x 2) = 2."""
+    layout = make_layout({"chosen": [1, 2], "rejected": [4, 1]})
+    batch = replace(make_batch(layout), row_weights=torch.tensor([2.0, 0.5]))
+    counts = local_counts([batch])
+    assert (float(counts.num_pairs), float(counts.num_micro_batches)) == (2.5, 1)
+    assert {branch: float(n) for branch, n in counts.num_tokens.items()} == {"chosen": 3, "rejected": 8.5}
+    pair = LossTerm("pair", torch.tensor([1.0, 4.0]), unit="pair")
+    token = LossTerm("token", torch.tensor([1.0, 3.0, 5.0]), unit="token", branch="chosen")
+    assert total(terms_of(pair), batch, counts).item() == pytest.approx(1.6)
+    assert total(terms_of(token), batch, counts).item() == pytest.approx(2)
+    assert tuple(map(float, term_sum(pair, batch))) == (4, 2.5)
+
+
+def test_rows_of_weight_zero_count_nothing_but_are_no_dummies():
+    """Even where they are not finite; a micro-batch of them still is one, for what is a function of it."""
+    layout = make_layout({"chosen": [1, 1], "rejected": [1, 1]})
+    batch = replace(make_batch(layout), row_weights=torch.tensor([0.0, 0.0]))
+    counts = local_counts([batch])
+    terms = terms_of(LossTerm("pair", torch.tensor([float("nan"), 1.0]), unit="pair"))
+    assert total(terms, batch, counts).item() == 0
+    aux = terms_of(LossTerm("aux", torch.tensor(3.0), unit="micro_batch"))
+    assert total(aux, batch, counts).item() == 3
+
+
+def test_a_dummy_has_no_weight_whatever_its_row_says():
+    layout = make_layout({"chosen": [1], "rejected": [1]})
+    batch = replace(make_batch(layout, weight=0.0), row_weights=torch.tensor([5.0]))
+    assert float(local_counts([batch]).num_pairs) == 0
 
 
 def test_a_step_without_pairs_is_zero():

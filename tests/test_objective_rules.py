@@ -49,6 +49,36 @@ MISTAKES = {
     "alpha": ("cpo", {"alpha": float("nan")}, ["alpha=nan must be a finite number"]),
     "coefficient": ("dpo", {"f_alpha_divergence_coef": float("nan")}, ["f_alpha_divergence_coef=nan"]),
     "divergence": ("dpo", {"f_divergence_type": "kl"}, ["f_divergence_type='kl' is unknown", "'forward_kl'"]),
+    "one completion": ("dpo", {"num_completions": 1}, ["num_completions=1 must be a whole number from 2 to 8"]),
+    "nine completions": ("cpo", {"num_completions": 9}, ["num_completions=9 must be a whole number from 2 to 8"]),
+    "half a completion": ("tpo", {"num_completions": 2.5}, ["num_completions=2.5 must be a whole number"]),
+    "ranking": ("dpo", {"ranking": "listwise"}, ["ranking='listwise' is unknown: set one of 'all_pairs'"]),
+    "sorted ranking": ("dpo", {"num_completions": 3, "loss_type": "aot"}, ["num_completions=3", "'aot', which sorts"]),
+    "shifted ranking": (
+        "dpo",
+        {"num_completions": 3, "loss_type": "bco_pair", "bco_shift": True},
+        ["num_completions=3 does not go with bco_shift=True"],
+    ),
+    "ranking with LD-DPO": (
+        "cpo",
+        {"num_completions": 3, "ld_alpha": 0.5},
+        ["num_completions=3 does not go with ld_alpha=0.5", "another log-prob in each of its pairs"],
+    ),
+    "order of a hinge": (
+        "cpo",
+        {"num_completions": 3, "ranking": "plackett_luce", "loss_type": "hinge"},
+        ["ranking='plackett_luce' is the likelihood of an order, which loss_type 'hinge' is not", "'simpo'"],
+    ),
+    "order with smoothing": (
+        "dpo",
+        {"num_completions": 3, "ranking": "plackett_luce", "label_smoothing": 0.1},
+        ["ranking='plackett_luce'", "set label_smoothing=0"],
+    ),
+    "order with WPO": (
+        "dpo",
+        {"num_completions": 3, "ranking": "plackett_luce", "use_weighting": True},
+        ["ranking='plackett_luce'", "set use_weighting=False"],
+    ),
     "divergence in CPO": ("cpo", {"f_divergence_type": "forward_kl"}, ["CPO has none", "use DPOTrainer"]),
 }
 
@@ -122,6 +152,7 @@ WARNINGS = {
     "alpha in TPO": ("tpo", {"alpha": 0.5}, "alpha=0.5 has no effect"),
     "nll in DPO": ("dpo", {"nll_weight": 0.5}, "nll_weight=0.5 has no effect"),
     "aot_pair": ("dpo", {"loss_type": "aot_pair"}, "'aot_pair' is an older name of 'aot_unpaired'"),
+    "ranking of pairs": ("dpo", {"ranking": "plackett_luce"}, "ranking='plackett_luce' has no effect"),
     "alphapo without alpha": ("cpo", {"loss_type": "alphapo"}, "'alphapo' with alpha=0 is SimPO"),
     "alphapo with NLL": (
         "cpo",
@@ -139,6 +170,7 @@ SILENT = {
     "divergence used": ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}),
     "tau used": ("dpo", {"loss_type": ["sft", "discopop"], "discopop_tau": 0.1}),
     "weights used": ("dpo", {"loss_type": ["sft", "hinge"], "use_weighting": True, "ld_alpha": 0.5}),
+    "ranking used": ("dpo", {"ranking": "plackett_luce", "num_completions": 8}),
     "shift used": ("dpo", {"loss_type": "bco_pair", "bco_shift": True}),
     "alphapo": ("cpo", {"loss_type": "alphapo", "alpha": 0.25, "gamma": 0.1, "nll_weight": 1.0}),
     "alphapo in a list": ("cpo", {"loss_type": ["alphapo", "hinge"], "alpha": 0.25, "nll_weight": 0.3}),

@@ -34,6 +34,7 @@ TARGETS = {
     "prefopt.losses.pointwise": OF_LOSSES,
     "prefopt.losses.transport": OF_LOSSES,
     "prefopt.losses.reference_free": OF_LOSSES,
+    "prefopt.losses.rankings": ["test_objective.py"],
     "prefopt.losses.nll": OF_LOSSES,
     "prefopt.losses.divergences": OF_LOSSES,
     "prefopt.losses.transforms": OF_LOSSES,
@@ -44,6 +45,9 @@ TARGETS = {
     "prefopt.objective.tables": ["test_objective.py"],
     "prefopt.objective.core": ["test_objective.py", "test_objective_rules.py"],
     "prefopt.objective.rules": ["test_objective_rules.py"],
+    "prefopt.objective.terms": ["test_objective.py"],
+    "prefopt.objective.rankings": ["test_objective.py"],
+    "prefopt.objective.columns": ["test_objective.py"],
 }
 """Module -> the tests that must notice a change in it."""
 
@@ -53,6 +57,7 @@ EQUIVALENT = {
         "abs(alpha) < SMALL_ALPHA",
         "abs(alpha) <= SMALL_ALPHA",
     ): "the formula and the identity agree to rounding at alpha = 1e-12, where alone they would differ",
+    ("share", "1.0", "2.0"): "what is divided by it is 0, as it stands in for a count of 0",
 }
 """(function, before, after) -> why no test can tell the mutant from the original."""
 
