@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "losses": {"types"},
     "objective": {"types", "losses"},
     "normalise": {"types"},
-    "batching": {"types"},
+    "batching": {"types", "data"},
     "scoring": {"types", "losses", "batching"},
     "reference": {"types", "scoring"},
     "metrics": {"types"},

@@ -115,3 +115,10 @@ def test_env_says_what_a_model_can_do(tmp_path):
     for family, expected in (("llama", "shared_prompt, packed, padded"), ("lfm2", "padded (")):
         path = save_tiny(tmp_path / family, family)
         assert dict(describe(path))[f"layouts of {path}"].startswith(expected)
+
+
+def test_env_says_what_an_encoder_decoder_can_do(tmp_path):
+    from encoder_decoders import tiny_encoder_decoder
+
+    tiny_encoder_decoder("t5").save_pretrained(tmp_path)
+    assert dict(describe(str(tmp_path)))[f"layouts of {tmp_path}"].startswith("encoder_decoder")

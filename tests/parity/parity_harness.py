@@ -64,8 +64,12 @@ def padding_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(library: Library, method: str, config: Mapping[str, Any], **arguments: Any) -> Any:
-    """A trainer with the settings of ``COMMON``, ``config`` on top, and a tiny model unless ``model`` is given."""
+    """A trainer with the settings of ``COMMON``, ``config`` on top, and a tiny model unless ``model`` is given.
+
+    ``trainer_class`` takes the place of the library's own.
+    """
     make_config, make_trainer = classes(library, method)
+    make_trainer = arguments.pop("trainer_class", make_trainer)
     given = {"model": tiny_model(**POLICY), "processing_class": padding_tokenizer()} | arguments
     given.setdefault("train_dataset", Dataset.from_dict(standard_rows(gold=method == "tpo")))
     output = tempfile.mkdtemp(dir=OUTPUTS.name)

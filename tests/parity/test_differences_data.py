@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -142,6 +143,20 @@ def test_reference_log_probs_that_come_with_the_data_are_used() -> None:
     )
     assert ours == pytest.approx(expected, rel=RELATIVE)
     assert theirs != pytest.approx(expected, rel=10 * RELATIVE)
+
+
+def test_columns_of_weights_and_margins_act() -> None:
+    """TRL trains as if they were not there: at the first step, where policy and reference agree, it gives ln 2."""
+    numbers = {"weight": [2.0, 1.0, 0.0, 1.0], "margin": [1.0, 0.0, 3.0, -1.0]}
+    rows: dict[str, list[Any]] = {**standard_rows(4), **numbers}
+    losses = [math.log(1 + math.exp(margin)) for margin in numbers["margin"]]
+    expected = sum(weight * loss for weight, loss in zip(numbers["weight"], losses, strict=True)) / 4
+    ours, theirs = (
+        run(library, "dpo", ONE_STEP, ref_model=tiny_model(**POLICY), **dataset(rows))[0]["loss"]
+        for library in ("prefopt", "trl")
+    )
+    assert ours == pytest.approx(expected, rel=RELATIVE)
+    assert theirs == pytest.approx(math.log(2), rel=RELATIVE)
 
 
 def test_tokenised_rows_are_taken() -> None:

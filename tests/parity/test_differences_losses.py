@@ -86,6 +86,22 @@ def test_wpo_goes_with_sft() -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_sorted_losses_see_the_whole_step(loss_type: str) -> None:
+    """Four pairs at once, and two by two: TRL sorts each micro-batch by itself, which is another loss."""
+
+    def losses(library: str) -> list[float]:
+        config = {"loss_type": [loss_type], "beta": 1.0, "max_steps": 1}
+        splits = [{"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts} for parts in (1, 2)]
+        models = [{"ref_model": tiny_model(**REFERENCE)} for _ in splits]
+        return [run(library, "dpo", {**config, **splits[i]}, **models[i])[0]["loss"] for i in range(2)]
+
+    ours, theirs = losses("prefopt"), losses("trl")
+    assert ours[0] == pytest.approx(theirs[0], rel=RELATIVE)
+    assert ours[1] == pytest.approx(ours[0], rel=RELATIVE)
+    assert theirs[1] != pytest.approx(theirs[0], rel=10 * RELATIVE)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
 def test_wpo_goes_with_sorted_losses(loss_type: str) -> None:
     """The weights follow the sorted elements they belong to. TRL refuses the combination."""
     config = {"loss_type": loss_type, "use_weighting": True}

@@ -13,6 +13,8 @@ from independent import lengths, score_rows, sums
 from parity_harness import POLICY, REFERENCE, RELATIVE, build, run
 from tiny_models import standard_rows, tiny_model, word_tokenizer
 
+from prefopt import BEMACallback
+
 pytestmark = pytest.mark.trl
 
 
@@ -143,6 +145,23 @@ def test_tr_dpo_goes_with_adapters(policy_path: str) -> None:
     assert abs(fixed[2]["rewards/chosen"]) > 1e-3
     with pytest.raises(NotImplementedError, match="sync_ref_model"):
         build("trl", "dpo", config, **arguments)
+
+
+def test_bema_for_the_reference_goes_with_adapters(policy_path: str) -> None:
+    """kappa 0 and a large eta: the average is the policy, so against a reference that takes it rewards are 0."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    arguments = {"model": policy_path, "peft_config": adapter}
+    options = {"ema_power": 0.0, "bias_power": 8.0, "update_ref_model": True, "ref_model_update_freq": 1}
+    followed = run("prefopt", "dpo", {"learning_rate": 3.0}, callbacks=[BEMACallback(1, **options)], **arguments)
+    assert followed[2]["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    fixed = run("prefopt", "dpo", {"learning_rate": 3.0}, **arguments)
+    assert abs(fixed[2]["rewards/chosen"]) > 1e-3
+    theirs = pytest.importorskip("trl.experimental.bema_for_ref_model")
+    callback = theirs.BEMACallback(1, **options)
+    trainer = build("trl", "dpo", {}, trainer_class=theirs.DPOTrainer, callbacks=[callback], **arguments)
+    with pytest.raises(TypeError):
+        trainer.train()
 
 
 def lora(*modules: str) -> Any:

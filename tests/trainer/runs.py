@@ -18,6 +18,16 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
 }
 UNSET = object()
 """Leaves an option of `trainer` to the config's own default."""
+OF_THE_TRAINER = (
+    "eval_dataset",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+    "callbacks",
+    "data_collator",
+    "ref_model",
+    "model_init",
+)
+"""Options of `trainer` that are arguments of the trainers; all others are the config's."""
 TIMED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 
 
@@ -38,9 +48,10 @@ def trainer(
         **options,
     }
     options = {name: value for name, value in options.items() if value is not UNSET}
-    of_trainer = ("eval_dataset", "compute_metrics", "callbacks", "data_collator")
-    arguments = {name: options.pop(name) for name in of_trainer if name in options}
-    model = options.pop("model", None) or tiny_model(seed=1)
+    arguments = {name: options.pop(name) for name in OF_THE_TRAINER if name in options}
+    model = options.pop("model", None)
+    if model is None and "model_init" not in arguments:
+        model = tiny_model(seed=1)
     if peft_config is not None:
         arguments["peft_config"] = peft_config
     return make(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import dataset, trainer
+from tiny_models import tiny_model
 
 MEAN_TOLERANCE = 1e-5
 """Relative; float32 log-probs whose sums are taken in another order."""
@@ -16,10 +17,19 @@ def metrics(run) -> dict[str, float]:
     return {k: v for k, v in run.evaluate().items() if "runtime" not in k and "per_second" not in k}
 
 
-@pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
-def test_nine_rows_have_one_mean(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dpo", {}), ("cpo", {}), ("tpo", {}), ("dpo", {"loss_type": ["aot", "aot_unpaired"], "use_weighting": True})],
+    ids=str,
+)
+def test_nine_rows_have_one_mean(method: str, options: dict, tmp_path: Path) -> None:
+    given = {"ref_model": tiny_model(seed=4)} if method == "dpo" else {}
     found = [
-        metrics(trainer(tmp_path, method, eval_dataset=dataset(9, seed=5), per_device_eval_batch_size=size))
+        metrics(
+            trainer(
+                tmp_path, method, eval_dataset=dataset(9, seed=5), per_device_eval_batch_size=size, **given, **options
+            )
+        )
         for size in (1, 2, 4, 9)
     ]
     assert {"eval_loss", "eval_logps/chosen", "eval_rewards/accuracies", "eval_entropy"} <= set(found[0])

@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 from prefopt.scoring.attention import segment_attention
-from prefopt.scoring.capability import LAYOUTS
+from prefopt.scoring.capability import CHAIN, LAYOUTS
 from prefopt.scoring.forward import install, score
 from prefopt.scoring.head.plan import uncached
 from prefopt.trainer.memory import (
@@ -114,7 +114,7 @@ def test_trials_keep_the_proportions_of_a_pair() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", CHAIN)
 def test_what_is_kept_of_a_larger_batch(family: str, attention: str, layout: str) -> None:
     """Against the storages that are alive after the forward, whoever holds them."""
     model = tiny_model(family, num_hidden_layers=3, max_position_embeddings=1024, attn_implementation=attention)

@@ -203,6 +203,34 @@ def test_a_collator_of_the_users_may_make_other_batches_of_a_row(tmp_path: Path,
     assert len(asked) == 2 * STEPS
 
 
+def test_what_a_collator_of_the_users_made_is_no_other_runs(tmp_path: Path, asked: list) -> None:
+    """One that cuts rows has other log-probs for the same rows, which must neither be left to others nor come back."""
+    cut = DataCollatorForPreference(pad_token_id=0, max_length=6)
+    options = {"precompute_ref_log_probs": True, "max_steps": 1, "num_train_epochs": 1}
+    run(tmp_path, data_collator=cut, **options)
+    whole = run(tmp_path, **options)
+    assert len(asked) == 4, "two batches of eight rows each"
+    again = run(tmp_path, data_collator=cut, **options)
+    assert len(asked) == 6
+    for made in (whole, again):
+        assert log_rows(made)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"data_collator": DataCollatorForPreference(pad_token_id=0)}, "a data collator of your own"), ({}, "is off")],
+)
+def test_a_stream_that_cannot_be_looked_up_says_so(
+    options: dict, reason: str, tmp_path: Path, asked: list, caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    if not options:
+        monkeypatch.setenv("PREFOPT_CACHE", "off")
+    rows = dataset(4).to_iterable_dataset()
+    run(tmp_path, rows=rows, precompute_ref_log_probs=True, max_steps=2, **options)
+    assert len(asked) == 2
+    assert re.search(f"a stream is scored whenever a row comes .*{reason}", caplog.text)
+
+
 def test_weights_that_an_evaluation_turns_to_half_precision(tmp_path: Path, asked: list) -> None:
     """The base under an adapter is the reference's too; a copy of its own stays as it was."""
     for kind, expected in (("adapter off", 3), ("copy", 1)):

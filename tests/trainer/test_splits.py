@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
-from runs import log_rows, relative_difference, trainer, weights
+from runs import dataset, log_rows, relative_difference, trainer, weights
 from tiny_models import tiny_model
 from transformers import Trainer, TrainingArguments
+
+from prefopt.trainer import steps
 
 WEIGHTS_TOLERANCE = 1e-6
 """Relative norm after ten steps in float32: only the order of summation differs."""
@@ -18,6 +21,9 @@ LOSSES = [
     ("dpo", {"loss_type": "sigmoid"}),
     ("dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     ("dpo", {"loss_type": "ipo", "ld_alpha": 0.5, "use_weighting": True}),
+    ("dpo", {"loss_type": ["aot", "sigmoid"], "loss_weights": [2.0, 0.5], "label_smoothing": 0.1}),
+    ("dpo", {"loss_type": ["aot_unpaired", "sft"], "use_weighting": True}),
+    ("dpo", {"loss_type": ["bco_pair", "aot"], "bco_shift": True, "beta": 0.3}),
     ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.5}),
     ("tpo", {"loss_type": "tpo-l", "beta": 0.5}),
 ]
@@ -46,6 +52,28 @@ def test_every_split_gives_the_same_weights(method: str, options: dict, tmp_path
         assert relative_difference(moved, found[8][0]) < WEIGHTS_TOLERANCE, per_device
         for row, expected in zip(rows, found[8][1], strict=True):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-6), per_device
+
+
+def test_losses_that_sort_are_scored_with_the_dropout_of_the_gradient(tmp_path: Path, monkeypatch) -> None:
+    """The first run of each micro-batch of a step and the second one give the same log-probs."""
+    sums: list[torch.Tensor] = []
+    original = steps.preference_step
+
+    def recorded(*args, **kwargs):
+        result = original(*args, **kwargs)
+        sums.append(result.policy["chosen"].sum_logps.detach())
+        return result
+
+    monkeypatch.setattr(steps, "preference_step", recorded)
+    model = tiny_model(seed=1, attention_dropout=0.5)
+    accumulating = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "count": 4}
+    trainer(tmp_path, model=model, loss_type="aot", disable_dropout=False, layout="padded", **accumulating).train()
+    first, second = torch.cat(sums[:2]), torch.cat(sums[2:])
+    assert len(sums) == 4
+    torch.testing.assert_close(first, second)
+    model.eval()
+    without = trainer(tmp_path, model=model, loss_type="aot", eval_dataset=dataset(4)).evaluate()
+    assert without["eval_logps/chosen"] != pytest.approx(first.mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
