@@ -44,5 +44,7 @@ def test_there_is_nothing_to_precompute_without_a_reference(method: str) -> None
         TRAINERS[method][1]("out", precompute_ref_log_probs=True)
 
 
-def test_every_combination_is_in_the_documentation() -> None:
+def test_every_combination_is_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\n{table()}")
     assert table() in PAGE.read_text()
