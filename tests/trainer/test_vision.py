@@ -20,6 +20,7 @@ from prefopt.reference.policy import ModelReference
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.forward import score
 from prefopt.scoring.head.plan import uncached
+from prefopt.trainer.loader import StepStream
 from prefopt.trainer.memory import ActivationModel, BatchSize
 from prefopt.trainer.trials import kept_bytes, run_trials
 from prefopt.types import PAIR
@@ -232,6 +233,12 @@ def test_mixed_rows_are_refused_where_weights_are_divided(tmp_path: Path, monkey
         made.check_images(made.train_dataset.filter(lambda row, sees=sees: bool(row["images"]) == sees))
     with pytest.raises(ValueError, match=r"4 of 6 rows have images\. Under FSDP"):
         made.check_images(made.train_dataset)
+    refuse = made.check_images(made.train_dataset.to_iterable_dataset())
+    refuse([row for row in made.train_dataset if row["images"]])
+    refuse([row for row in made.train_dataset if not row["images"]])
+    stream = StepStream(made.train_dataset, made.collate(), made.geometry(1), endless=False, check=refuse)
+    with pytest.raises(ValueError, match=r"1 of 2 rows have images\. Under FSDP"):
+        list(stream)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -18,6 +18,8 @@ __all__ = ["StepLoader", "StepSampler", "StepStream", "make_loader"]
 Row = Mapping[str, Any]
 Collate = Callable[[Sequence[Row], float], PreferenceBatch]
 """Rows of one micro-batch and their weight -> the batch."""
+Check = Callable[[Sequence[Row]], None]
+"""Raises where rows cannot be of one step."""
 
 
 class StepSampler:
@@ -81,10 +83,13 @@ class StepStream(IterableDataset):
         collate: rows of one micro-batch -> the batch.
         geometry: how a step is divided.
         endless: start over when the stream ends (training); else the last step has what is left (evaluation).
+        check: refuses the rows of a step, of all ranks, so that all refuse them together.
     """
 
-    def __init__(self, rows: Any, collate: Collate, geometry: Geometry, *, endless: bool) -> None:
-        self.rows, self.collate, self.geometry, self.endless = rows, collate, geometry, endless
+    def __init__(
+        self, rows: Any, collate: Collate, geometry: Geometry, *, endless: bool, check: Check | None = None
+    ) -> None:
+        self.rows, self.collate, self.geometry, self.endless, self.check = rows, collate, geometry, endless, check
 
     def __iter__(self) -> Iterator[OptimizerStep]:
         worker = get_worker_info()
@@ -99,6 +104,8 @@ class StepStream(IterableDataset):
             step += 1
 
     def step_of(self, items: list[Row]) -> OptimizerStep:
+        if self.check is not None:
+            self.check(items)
         budget = self.geometry.budget
         lengths = lengths_of_rows(items, budget.branches) if budget else None
         shares = self.geometry.shares(len(items), lengths)
@@ -152,7 +159,14 @@ def first_item(items: Any) -> Any:
 
 
 def make_loader(
-    rows: Any, collate: Collate, geometry: Geometry, *, order: Any = None, drop_last: bool = False, **kwargs: Any
+    rows: Any,
+    collate: Collate,
+    geometry: Geometry,
+    *,
+    order: Any = None,
+    drop_last: bool = False,
+    check: Check | None = None,
+    **kwargs: Any,
 ) -> StepLoader:
     """The loader over prepared rows.
 
@@ -162,6 +176,7 @@ def make_loader(
         geometry: how a step is divided.
         order: epoch -> row indices; for training. None: once, in order (evaluation).
         drop_last: leave the last, smaller step out.
+        check: of `StepStream`; what a map-style set holds is known before.
         kwargs: of `DataLoader` (workers, pinned memory).
     """
     if isinstance(rows, Sized):
@@ -169,5 +184,5 @@ def make_loader(
         sampler: Any = StepSampler(len(rows), geometry.pairs_per_step, order, drop_last=drop_last)
         steps = StepRows(rows, collate, geometry)
         return StepLoader(steps, batch_sampler=sampler, collate_fn=first_item, **kwargs)
-    stream = StepStream(rows, collate, geometry, endless=order is not None)
+    stream = StepStream(rows, collate, geometry, endless=order is not None, check=check)
     return StepLoader(stream, batch_size=None, collate_fn=first_item, **kwargs)

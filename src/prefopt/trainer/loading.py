@@ -29,10 +29,10 @@ from prefopt.trainer.adapters import can_recompute
 from prefopt.trainer.batches import collate_into, collate_with, epoch_order, loader_options, trial_row
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.geometry import Geometry
-from prefopt.trainer.loader import Collate, StepLoader, make_loader
+from prefopt.trainer.loader import Check, Collate, StepLoader, make_loader
 from prefopt.trainer.precompute import with_precomputed_logps
 from prefopt.trainer.remembering import RememberingTrainer
-from prefopt.trainer.rows import check_pair_numbers
+from prefopt.trainer.rows import check_pair_numbers, refuse_mixed, refuse_mixed_step
 from prefopt.trainer.sharding import prepared_for_scoring, tried_while_whole
 from prefopt.trainer.versions import chosen_checkpointing, recomputing
 
@@ -176,7 +176,7 @@ class LoadingTrainer(RememberingTrainer):
         args = self.args
         self.place_reference()
         self.begin_reference()
-        self.check_images(self.train_dataset)
+        check = self.check_images(self.train_dataset)
         rows = self.precomputed(self.train_dataset)
         geometry = self.geometry(self._train_batch_size, self.accumulation)
         order = epoch_order(
@@ -188,7 +188,8 @@ class LoadingTrainer(RememberingTrainer):
         )
         drop_last = args.dataloader_drop_last
         collate = self.with_keys(self.collate())
-        return make_loader(rows, collate, geometry, order=order, drop_last=drop_last, **loader_options(args))
+        options = {"order": order, "drop_last": drop_last, "check": check, **loader_options(args)}
+        return make_loader(rows, collate, geometry, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """Of each item one micro-batch per rank, or more within the budget of tokens; the items in the set's order."""
@@ -200,23 +201,24 @@ class LoadingTrainer(RememberingTrainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]  # type: ignore[index]
-        self.check_images(rows)
+        check = self.check_images(rows)
         padded = self.wants_logits
         geometry = self.geometry(self.args.eval_batch_size, padded=padded)
         collate = self.with_keys(self.collate(padded=padded))
-        return make_loader(self.precomputed(rows), collate, geometry, **loader_options(self.args))
+        return make_loader(self.precomputed(rows), collate, geometry, check=check, **loader_options(self.args))
 
-    def check_images(self, rows: Any) -> None:
-        """Refuses rows with and without images in one set, where weights are divided among ranks."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or not isinstance(rows, datasets.Dataset):
-            return
-        some = image_counts(rows) > 0
-        if self.args.world_size > 1 and some.any() and not some.all():
-            raise ValueError(
-                f"{int(some.sum())} of {len(some)} rows have images. Under FSDP and DeepSpeed the weights that encode "
-                "them are gathered from all ranks: a rank whose micro-batch has none would leave the others waiting "
-                "for ever. Train on rows with images and rows without in two runs, or without FSDP and DeepSpeed."
-            )
+    def check_images(self, rows: Any) -> Check | None:
+        """Refuses rows with and without images in one set, where weights are divided among ranks.
+
+        Returns:
+            For a stream, what refuses them in a step.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or self.args.world_size == 1:
+            return None
+        if not isinstance(rows, datasets.Dataset):
+            return refuse_mixed_step
+        refuse_mixed(image_counts(rows))
+        return None
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
         return self.get_eval_dataloader(self.prepared_sets(test_dataset))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prefopt.batching import DataCollatorForVisionPreference
 from prefopt.data import PrepareOptions
@@ -13,7 +17,7 @@ from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.setup import has_two_bodies
 from prefopt.types import Branch
 
-__all__ = ["check_pair_numbers", "custom_collator", "prepare_options"]
+__all__ = ["check_pair_numbers", "custom_collator", "prepare_options", "refuse_mixed", "refuse_mixed_step"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,29 @@ def check_pair_numbers(rows: Any, objective: Objective, name: str) -> None:
     for column in [column for column in PAIR_NUMBERS if column in columns]:
         losses = ", ".join(losses_with_column(objective, column))
         logger.info("%s data: the column %r acts in %s.", name, column, losses)
+
+
+def refuse_mixed(num_images: NDArray[np.int64]) -> None:
+    """Rows with and without images cannot stand in one step where weights are divided among ranks.
+
+    Args:
+        num_images: [n] of each row.
+
+    Raises:
+        ValueError: some rows have images and others have none.
+    """
+    some = num_images > 0
+    if some.any() and not some.all():
+        raise ValueError(
+            f"{int(some.sum())} of {len(some)} rows have images. Under FSDP and DeepSpeed the weights that encode them "
+            "are gathered from all ranks: a rank whose micro-batch has none would leave the others waiting for ever. "
+            "Train on rows with images and rows without in two runs, or without FSDP and DeepSpeed."
+        )
+
+
+def refuse_mixed_step(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The same for the rows of one step of a stream, on all ranks."""
+    refuse_mixed(np.array([len(row.get("images") or ()) for row in rows]))
 
 
 def prepare_options(
