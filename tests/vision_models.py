@@ -38,6 +38,10 @@ TEXT: dict[str, Any] = {
 LLAMA = {"text_config": {"model_type": "llama", **TEXT}}
 ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP: dict[str, Any] = {
+    "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **SEES},
+    "vision_feature_layer": -1,
+}
 WINDOW = 6
 """Tokens that a sliding layer of gemma3 sees; an image has 4 and markers, so windows end within images."""
 
@@ -47,13 +51,11 @@ TILES = [[28, 28], [28, 56], [56, 28]]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {
         **LLAMA,
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **SEES},
-        "vision_feature_layer": -1,
+        **CLIP,
     },
     "llava_next": {
         **LLAMA,
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **SEES},
-        "vision_feature_layer": -1,
+        **CLIP,
         "image_grid_pinpoints": TILES,
     },
     "qwen2_vl": {

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from encoder_decoders import ended_tokenizer, tiny_encoder_decoder
-from oracle import PLAIN_RUN, MakeBatch, expected_losses, padded
+from oracle import LEARNING_RATE, PLAIN_RUN, MakeBatch, expected_losses, padded
 from peft import LoraConfig
 from runs import TRAINERS
 from tiny_models import standard_rows, tiny_model, word_tokenizer
@@ -30,7 +30,7 @@ LOSSES = ("single", "weighted")
 LOSS_OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("dpo", "single"): {"loss_type": "sigmoid"},
     ("dpo", "weighted"): {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-    ("cpo", "single"): {"loss_type": "simpo", "cpo_alpha": 0.0},
+    ("cpo", "single"): {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0},
     ("cpo", "weighted"): {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0, 0.5]},
     ("tpo", "single"): {"loss_type": "sigmoid"},
     ("tpo", "weighted"): {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5]},
@@ -160,10 +160,12 @@ def trainer(cell: Cell, folder: str) -> Any:
 
 
 @cache
-def losses_by_definition(method: str, kind: str, weights: str, loss: str) -> list[float]:
+def losses_by_definition(
+    method: str, kind: str, weights: str, loss: str, learning_rate: float = LEARNING_RATE
+) -> list[float]:
     """The losses of the steps, whatever the layout, the form of the data and the way to the reference."""
     given = trainer(Cell(method, "padded", kind, weights, "map", "online", loss), "unused")
-    return expected_losses(given, make_batch=KINDS[kind].batch)
+    return expected_losses(given, make_batch=KINDS[kind].batch, learning_rate=learning_rate)
 
 
 def table() -> str:

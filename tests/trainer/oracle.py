@@ -43,19 +43,22 @@ def padded(model: Any, examples: list[TokenizedExample], branches: tuple[Branch,
     return pad_batch(examples, branches)
 
 
-def expected_losses(run: Any, start: Any = None, make_batch: MakeBatch = padded) -> list[float]:
+def expected_losses(
+    run: Any, start: Any = None, make_batch: MakeBatch = padded, learning_rate: float = LEARNING_RATE
+) -> list[float]:
     """The losses of the steps of a trainer that has not trained yet; it is not touched.
 
     Args:
         run: the trainer.
         start: the model that it starts from, where its own cannot be copied.
         make_batch: for models that take no padded rows of text.
+        learning_rate: of the definition; 0 gives the losses that the steps would have without an update.
     """
     start = run.model if start is None else start
     policy, reference = deepcopy(start).train(), deepcopy(start).eval()
     objective = run.args.objective()
     examples = [tokenized_example(row, objective.branches) for row in run.train_dataset]
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], LEARNING_RATE)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], learning_rate)
     losses = []
     for step in range(STEPS):
         batch = make_batch(policy, examples[step * PAIRS : (step + 1) * PAIRS], objective.branches)
