@@ -49,7 +49,9 @@ def test_images_in_any_spelling(tmp_path: Path) -> None:
     made = processor("llava")
     expected = DataCollatorForVisionPreference(made)([row([image()], "What?")])
     for given in (str(path), path, path.read_bytes(), {"bytes": None, "path": str(path)}):
-        batch = DataCollatorForVisionPreference(made)([row([], "What?") | {"images": [given]}])
+        batch = DataCollatorForVisionPreference(made, image_roots=(str(tmp_path),))(
+            [row([], "What?") | {"images": [given]}]
+        )
         assert all(torch.equal(batch[key], tensor) for key, tensor in expected.items())
 
 

@@ -27,7 +27,7 @@ PART = {"type": "image"}
 BIG, TALL, WIDE = image(), image(30, 60, 7), image(90, 30, 50)
 OTHER = image(40, 30, 33)
 """Of the size of BIG."""
-ALL = PrepareOptions(PAIR, None, "keep_start")
+ALL = PrepareOptions(PAIR, None, "keep_start", image_roots=("/", "memory://"))
 
 
 def examples(rows: Any, made: Any, options: PrepareOptions = ALL) -> list[TokenizedExample]:
@@ -202,10 +202,12 @@ def test_every_spelling_gives_the_same_row(name: str, tmp_path: Path) -> None:
     assert same_pictures(found.images["prompt"], [TALL])
 
 
-def test_arrays_and_mappings_within() -> None:
+def test_arrays_and_mappings_within(tmp_path: Path) -> None:
     array = np.asarray(TALL)
     assert same_pictures([decoded_image(stored_image(array))], [TALL])
-    assert stored_image({"path": Path("a.png")}) == {"bytes": None, "path": "a.png"}
+    path = tmp_path / "a.png"
+    TALL.save(path)
+    assert stored_image({"path": path}, [str(tmp_path)]) == {"bytes": None, "path": str(path.resolve())}
 
 
 def test_pictures_are_upright_and_rgb() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,16 @@ def test_an_implicit_prompt_may_hold_images() -> None:
     assert prepared([implicit])[0]["prompt_ids"] == prepared([explicit])[0]["prompt_ids"]
     with pytest.raises(KeyError, match="prompt"):
         theirs([implicit])
+
+
+def test_a_row_opens_no_file_elsewhere(tmp_path: Path) -> None:
+    """TRL's collator opens whatever a row names, wherever it lies."""
+    elsewhere = tmp_path / "private.png"
+    image().save(elsewhere)
+    rows = [row([image()], "What?") | {"images": [str(elsewhere)]}]
+    assert len(theirs(rows)["pixel_values"])
+    with pytest.raises(ValueError, match=r"row 0, column 'images': .*image_roots"):
+        prepared(rows)
 
 
 def test_text_with_images_ends_once() -> None:

@@ -17,6 +17,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from prefopt.batching.collators import padded
 from prefopt.batching.padded import padded_width
 from prefopt.batching.vision_rows import RenderedRow, broken_row, rendered_row, shared_length
+from prefopt.data.image_roots import DEFAULT_ROOTS
 from prefopt.data.images import image_token_ids
 from prefopt.types import PAIR, Branch
 
@@ -50,6 +51,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
         max_length: tokens kept of each prompt + completion; it must reach the end of the last image. None keeps all.
         pad_to_multiple_of: T is rounded up to a multiple of it.
         return_tensors: only ``"pt"``.
+        image_roots: folders and beginnings of URLs within which images must lie that rows name by path or URL.
 
     Raises:
         ValueError: a row is broken, or ``max_length`` would cut its images; it is named by its place in the batch.
@@ -59,9 +61,12 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
+    image_roots: tuple[str, ...] = DEFAULT_ROOTS
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
-        rows = [rendered_row(example, number, self.processor) for number, example in enumerate(examples)]
+        rows = [
+            rendered_row(example, number, self.processor, self.image_roots) for number, example in enumerate(examples)
+        ]
         prompts = self._processed_prompts(rows)
         lengths = prompts["attention_mask"].sum(1).tolist()
         pairs = [self._sequences(row, prompts["input_ids"][i, : lengths[i]].tolist()) for i, row in enumerate(rows)]

@@ -48,7 +48,9 @@ def shared_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
     return next((i for i in range(shortest) if any(other[i] != first[i] for other in others)), shortest)
 
 
-def rendered_row(example: Mapping[str, Any], number: int, processor: ProcessorMixin) -> RenderedRow:
+def rendered_row(
+    example: Mapping[str, Any], number: int, processor: ProcessorMixin, image_roots: tuple[str, ...]
+) -> RenderedRow:
     """The row as text.
 
     Raises:
@@ -59,7 +61,7 @@ def rendered_row(example: Mapping[str, Any], number: int, processor: ProcessorMi
         if example.get(column) is None or example[column] == []:
             fix = "Every row needs `prompt`, `chosen` and `rejected`; a prompt inside the completions is not split off."
             raise broken_row(number, column, f"it is missing (columns: {', '.join(example)})", fix)
-    reader = PictureReader(processor)
+    reader = PictureReader(processor, image_roots)
     columns = {name: value for name, value in example.items() if not name.endswith(("_ids", "_labels", "_logps"))}
     try:
         parsed = parse_row(columns, number, PAIR, reader)

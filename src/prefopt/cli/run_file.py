@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 
-__all__ = ["RunFile", "nearest", "read_run_file", "without_config"]
+__all__ = ["RunFile", "nearest", "read_run_file", "read_yaml", "without_config"]
+
+MAX_BYTES, MAX_NODES = 10_000_000, 100_000
+"""Of a file of options."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,69 @@ def read_run_file(path: str | Path) -> RunFile:
     path = str(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file; --config wants the path of a YAML file")
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is no valid YAML: {error}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path}: must be a mapping of option names to values, such as 'beta: 0.1'")
-    lines: dict[str, int] = {}
-    for key_node, _ in root.value:
-        key, line = _name(key_node.value), key_node.start_mark.line + 1
-        if key in lines:
-            raise ValueError(f"{path}:{line}: {key!r} stands here and in line {lines[key]}; remove one of them")
-        lines[key] = line
-    values = {_name(key): value for key, value in values.items()}
+    values, lines = read_yaml(path)
     return RunFile(path, values, lines, _environment(values.pop("env", None), f"{path}:{lines.get('env')}"))
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The top level of a YAML file, and the line of each of its keys; dashes in keys are underscores.
+
+    Nothing is built before the file is known to be small with all its aliases written out: a few lines of them may
+    stand for more than any memory holds.
+
+    Raises:
+        ValueError: It is no valid YAML, no mapping, too large, nested too deep, or a key stands in a mapping twice.
+    """
+    size = Path(path).stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: has {size:,} bytes, more than the {MAX_BYTES:,} of a file of options")
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        problem = _problem(root)
+        values = loader.construct_document(root) if problem is None else {}
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of text, numbers and dates that are none
+        raise ValueError(f"{path}: is no valid YAML: {error}") from error
+    if problem is not None:
+        raise ValueError(f"{path}{problem}")
+    lines = {_name(key.value): key.start_mark.line + 1 for key, _ in root.value}  # type: ignore[union-attr]
+    return {_name(key): value for key, value in values.items()}, lines
+
+
+def _problem(root: yaml.Node | None) -> str | None:
+    """Why a file is not to be read, after its path; None where it is."""
+    if not isinstance(root, yaml.MappingNode):
+        return ": must be a mapping of option names to values, such as 'beta: 0.1'"
+    counted: dict[int, int] = {}
+    mappings: list[yaml.MappingNode] = []
+    if _count(root, counted, mappings) > MAX_NODES:
+        return f": has more than {MAX_NODES:,} entries, with its aliases written out"
+    for node in mappings:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name = _name(key.value) if node is root else f"{key.tag} {key.value}"
+            line = key.start_mark.line + 1
+            if name in lines:
+                return f":{line}: {key.value!r} stands here and in line {lines[name]}; remove one of them"
+            lines[name] = line
+    return None
+
+
+def _count(node: yaml.Node, counted: dict[int, int], mappings: list[yaml.MappingNode]) -> int:
+    """How many nodes there are at and under this one where aliases are written out; of one that holds itself, many."""
+    if id(node) in counted:
+        return counted[id(node)]
+    counted[id(node)] = MAX_NODES + 1
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        mappings.append(node)
+        parts = [part for item in node.value for part in item]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    counted[id(node)] = 1 + sum(_count(part, counted, mappings) for part in parts)
+    return counted[id(node)]
 
 
 def _environment(block: Any, where: str) -> dict[str, str]:

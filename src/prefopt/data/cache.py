@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 from prefopt.data.images import has_images
 from prefopt.data.template import tokenizer_of
 
-__all__ = ["cache_key"]
+__all__ = ["cache_key", "processing_fingerprints"]
 
 
 def cache_key(dataset: Any, processing_class: Any, *settings: Any) -> str:
@@ -28,6 +28,17 @@ def cache_key(dataset: Any, processing_class: Any, *settings: Any) -> str:
     for part in (dataset._fingerprint, content, settings, versions, _code()):
         hasher.update(part)
     return hasher.hexdigest()
+
+
+def processing_fingerprints(processing_class: Any) -> dict[str, str]:
+    """Part of what turns text and images into tokens -> its fingerprint, whatever its path."""
+    kind, vocabulary, templates, special = _tokenizer_content(processing_class)
+    parts = {
+        "tokenizer": [kind, vocabulary, special],
+        "chat template": templates,
+        "image processor": _image_settings(processing_class),
+    }
+    return {name: Hasher.hash(part) for name, part in parts.items()}
 
 
 def _tokenizer_content(processing_class: Any) -> list[Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from prefopt.data.columns import prepared_columns, prepared_row, table
 from prefopt.data.encoder_decoder import tokenize_apart, truncate_apart
 from prefopt.data.encoding import TextEncoder
+from prefopt.data.errors import RowError, bad_row
+from prefopt.data.image_roots import DEFAULT_ROOTS
 from prefopt.data.image_text import ImageReader, make_reader
 from prefopt.data.image_tokens import image_stretches
 from prefopt.data.images import has_images
@@ -44,6 +46,7 @@ class RowEncoder:
     report: PrepareReport | None = None
     max_completion_length: int | None = None
     """Of encoder-decoder models, whose prompts and completions are apart; None: they are one sequence."""
+    image_roots: tuple[str, ...] = DEFAULT_ROOTS
 
     def __call__(self, columns: Mapping[str, Sequence[Any]], row_numbers: Sequence[int]) -> Any:
         known = [name for name in columns if name in known_columns(self.branches)]
@@ -51,8 +54,10 @@ class RowEncoder:
         rows = [{name: values[name][i] for name in known} for i in range(len(row_numbers))]
         try:
             encoded = self._encode(rows, row_numbers)
-        except ValueError as error:
+        except RowError as error:
             raise ValueError(f"{self.name} data, {error}") from error.__cause__
+        except Exception as error:  # a library's, about something in these rows that none of the rules foresees
+            raise ValueError(f"{self.name} data, {self._guilty(rows, row_numbers, error)}") from error
         if self.report is not None:
             encoded = [item for item in encoded if self._is_kept(*item)]
         prepared = [prepared_row(example, status) for example, status in encoded]
@@ -78,7 +83,7 @@ class RowEncoder:
 
     @cached_property
     def _read_image(self) -> ImageReader | None:
-        return make_reader(self.processing_class) if self.max_completion_length is None else None
+        return make_reader(self.processing_class, self.image_roots) if self.max_completion_length is None else None
 
     def _encode(
         self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int]
@@ -101,6 +106,18 @@ class RowEncoder:
                 encoded.append(self._fit(item, Status(0)))
         filled = [(filled_up(example, self.branches), flags) for example, flags in encoded]
         return [(replace(example, **own), flags) for (example, flags), own in zip(filled, numbers, strict=True)]
+
+    def _guilty(self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int], error: Exception) -> Exception:
+        """What is wrong with the first row that cannot be prepared by itself."""
+        for row, number in zip(rows, row_numbers, strict=True):
+            try:
+                self._encode([row], [number])
+            except RowError as own:
+                return own
+            except Exception as own:
+                fix = "Look at the row, and change it or leave it out."
+                return bad_row(number, ", ".join(row), f"it cannot be prepared ({type(own).__name__}: {own})", fix)
+        return error
 
     def _fit(self, example: TokenizedExample, status: Status) -> tuple[TokenizedExample, Status]:
         """The example within ``max_length``, and why there is nothing to learn from it, if so."""

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from prefopt.data.encoding import TextEncoder
+from prefopt.data.errors import check_text
 from prefopt.data.render import tokenize_examples
 from prefopt.data.report import Status
 from prefopt.data.truncate import TruncationMode
-from prefopt.types import Branch, PreferenceExample, TokenizedExample
+from prefopt.types import COLUMN_OF_BRANCH, Branch, PreferenceExample, TokenizedExample
 
 __all__ = ["tokenize_apart", "truncate_apart"]
 
@@ -41,6 +42,10 @@ def tokenize_apart(
 def _tokenize_texts(
     examples: Sequence[PreferenceExample], encode: TextEncoder
 ) -> Iterator[tuple[TokenizedExample, Status]]:
+    for example in examples:
+        check_text(str(example.prompt), example.row, "prompt")
+        for branch, text in example.completions.items():
+            check_text(str(text), example.row, COLUMN_OF_BRANCH[branch])
     prompts = encode([str(example.prompt) for example in examples], add_special_tokens=True)
     texts = [str(text) for example in examples for text in example.completions.values()]
     *targets, around = _encode_targets([*texts, ""], encode.tokenizer)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefopt.data.errors import bad_row
+from prefopt.data.image_roots import DEFAULT_ROOTS
 from prefopt.data.images import (
     StoredImage,
     decoded_image,
@@ -48,6 +49,8 @@ class PictureReader:
     """Reads the images of rows, as pictures."""
 
     processor: Any
+    roots: tuple[str, ...] = DEFAULT_ROOTS
+    """Folders and beginnings of URLs within which images lie that data name."""
 
     @cached_property
     def token(self) -> str:
@@ -61,7 +64,7 @@ class PictureReader:
             ValueError: it is no image, or cannot be read; ``row`` and ``column`` are named.
         """
         with readable(row, column):
-            return opened_image(value)
+            return opened_image(value, self.roots)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class ImageReader(PictureReader):
 
     def __call__(self, value: Any, row: int, column: str) -> RowImage:
         with readable(row, column):
-            stored = stored_image(value)
+            stored = stored_image(value, self.roots)
             picture = decoded_image(stored)
         if picture.size not in self._written:
             self._written[picture.size] = self._text_of(picture, row, column)
@@ -115,9 +118,9 @@ def readable(row: int, column: str) -> Iterator[None]:
         raise bad_row(row, column, problem, fix) from error
 
 
-def make_reader(processing_class: Any) -> ImageReader | None:
+def make_reader(processing_class: Any, roots: tuple[str, ...] = DEFAULT_ROOTS) -> ImageReader | None:
     """What reads images for ``processing_class``; ``None`` for a tokenizer."""
-    return ImageReader(processing_class) if has_images(processing_class) else None
+    return ImageReader(processing_class, roots) if has_images(processing_class) else None
 
 
 def expanded(text: str, token: str, images: Sequence[RowImage]) -> str:

@@ -14,6 +14,8 @@ import fsspec
 from datasets import Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
 
+from prefopt.data.image_roots import DEFAULT_ROOTS, located
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -82,7 +84,7 @@ def image_tensors(processor: Any, images: Sequence[Image]) -> dict[str, Any]:
     return {key: value for key, value in processed.items() if key not in TOKEN_KEYS}
 
 
-def stored_image(value: Any) -> StoredImage:
+def stored_image(value: Any, roots: Sequence[str] = DEFAULT_ROOTS) -> StoredImage:
     """An image in any accepted spelling as it is stored with a row; nothing is decoded.
 
     A path stays a path; what is behind a URL is read. Pictures are stored as PNG.
@@ -90,20 +92,21 @@ def stored_image(value: Any) -> StoredImage:
     Args:
         value: a PIL image, an array [height, width, 3] of uint8, the content of a file, a path, a URL (``data:``,
             ``file:``, or any that fsspec reads), or a mapping with ``bytes`` or ``path``.
+        roots: folders and beginnings of URLs within which a path or URL must lie.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or lies elsewhere.
         OSError: the URL cannot be read.
     """
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
         content = value.get("bytes")
-        return stored_image(value["path"]) if content is None else {"bytes": bytes(content), "path": None}
+        return stored_image(value["path"], roots) if content is None else {"bytes": bytes(content), "path": None}
     if isinstance(value, bytes | bytearray):
         return {"bytes": bytes(value), "path": None}
     if isinstance(value, Path):
-        return {"bytes": None, "path": str(value)}
+        return {"bytes": None, "path": located(str(value), roots)}
     if isinstance(value, str):
-        return _from_text(value)
+        return _from_text(value, roots)
     from PIL import Image  # not one of the package's requirements: processors of images require it
 
     if hasattr(value, "__array_interface__") and not isinstance(value, Image.Image):
@@ -139,7 +142,7 @@ def _stored(feature: Any) -> Any:
     return feature if inner is None else replace(feature, feature=_stored(inner))
 
 
-def opened_image(value: Any) -> Image:
+def opened_image(value: Any, roots: Sequence[str] = DEFAULT_ROOTS) -> Image:
     """An image in any spelling of `stored_image` as a picture, RGB and upright.
 
     Raises:
@@ -147,19 +150,20 @@ def opened_image(value: Any) -> Image:
     """
     from PIL import Image
 
-    return _upright(value) if isinstance(value, Image.Image) else decoded_image(stored_image(value))
+    return _upright(value) if isinstance(value, Image.Image) else decoded_image(stored_image(value, roots))
 
 
-def _from_text(text: str) -> StoredImage:
+def _from_text(text: str, roots: Sequence[str]) -> StoredImage:
     """A path or a URL."""
     if text.startswith("data:"):
         try:
             return {"bytes": base64.b64decode(text.partition("base64,")[2], validate=True), "path": None}
         except binascii.Error as error:
             raise ValueError(f"the data: URL is not base64 ({error})") from None
-    if "://" not in text:
-        return {"bytes": None, "path": text}
-    with fsspec.open(text, "rb") as file:
+    place = located(text, roots)
+    if "://" not in place:
+        return {"bytes": None, "path": place}
+    with fsspec.open(place, "rb") as file:
         return {"bytes": file.read(), "path": None}  # type: ignore[union-attr]
 
 

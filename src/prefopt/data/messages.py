@@ -52,7 +52,7 @@ def _message(item: Any, row: int, column: str, read_image: ReadImage | None) -> 
         raise bad_row(row, column, f"expected a message, got {described(item)}", "Write {'role': .., 'content': ..}.")
     message = without_none(item)
     if not isinstance(message.get("role"), str):
-        keys = ", ".join(sorted(item))
+        keys = ", ".join(sorted(map(str, item)))
         fix = "Messages need 'role' and 'content'; other spellings are read with `messages:`, see docs/data.md."
         raise bad_row(row, column, f"the message has no 'role' (its keys: {keys})", fix)
     return {**message, "content": _content(message.get("content", ""), row, column, read_image)}
@@ -163,7 +163,7 @@ def parse_json(value: Any, row: int, column: str) -> Any:
         return without_none(value) or None
     try:
         return json.loads(value) or None if value.strip() else None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         fix = "Write a list or an object, or JSON text of one."
         raise bad_row(row, column, f"the text is not JSON ({error})", fix) from None
 
@@ -180,7 +180,7 @@ def with_object_arguments(messages: Sequence[Message]) -> list[Message] | None:
             return call
         try:
             function = {**function, "arguments": json.loads(arguments)}
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             return call
         found = True
         return {**call, "function": function} if "function" in call else function

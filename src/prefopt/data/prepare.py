@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -12,11 +13,14 @@ from datasets import Dataset, IterableDataset
 from prefopt.data.cache import cache_key
 from prefopt.data.columns import IMAGE_PARTS, features, prepared_columns
 from prefopt.data.encode import RowEncoder, refusal
+from prefopt.data.image_roots import DEFAULT_ROOTS
 from prefopt.data.images import decoded_image, undecoded
 from prefopt.data.pair_numbers import pair_numbers
 from prefopt.data.report import PrepareReport, skip_reason
 from prefopt.data.schema import check_columns
+from prefopt.data.template_process import end_template_process
 from prefopt.data.truncate import TruncationMode
+from prefopt.terminal import harmless
 from prefopt.types import COLUMN_OF_BRANCH, Branch, TokenizedExample
 
 __all__ = ["PrepareOptions", "prepare_dataset", "prepare_report", "tokenized_example"]
@@ -38,6 +42,7 @@ class PrepareOptions:
         on_bad_row: what a row with nothing to learn from does: ``skip`` (counted and named) or ``error``.
         max_completion_length: of an encoder-decoder model, whose prompts and completions are sequences of their own:
             tokens of a completion that are kept, where ``max_length`` is the prompt's; ``None`` for other models.
+        image_roots: folders and beginnings of URLs within which images must lie that rows name by path or URL.
     """
 
     branches: tuple[Branch, ...]
@@ -46,6 +51,7 @@ class PrepareOptions:
     num_proc: int | None = None
     on_bad_row: Literal["skip", "error"] = "skip"
     max_completion_length: int | None = None
+    image_roots: tuple[str, ...] = DEFAULT_ROOTS
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
@@ -93,7 +99,7 @@ def prepare_dataset(
         try:
             check_columns(columns, options.branches)
         except ValueError as error:
-            raise ValueError(f"{name} data: {error}") from None
+            raise ValueError(harmless(f"{name} data: {error}")) from None
     prepare = _prepare_rows if isinstance(dataset, Dataset) else _prepare_stream
     return prepare(cast(Any, dataset), columns, processing_class, options, name)
 
@@ -103,9 +109,14 @@ def _prepare_rows(
 ) -> Dataset:
     settings = (options.branches, options.max_length, options.truncation_mode)
     apart = options.max_completion_length
-    encode = RowEncoder(processing_class, *settings, name, max_completion_length=apart)
+    own = {"max_completion_length": apart, "image_roots": options.image_roots}
+    encode = RowEncoder(processing_class, *settings, name, **own)
     # What is made of a set in memory is not cached, and writing out a large vocabulary for a key takes long
-    key = cache_key(dataset, processing_class, *settings, apart) if dataset.cache_files else uuid4().hex
+    key = (
+        cache_key(dataset, processing_class, *settings, apart, [os.path.abspath(root) for root in options.image_roots])
+        if dataset.cache_files
+        else uuid4().hex
+    )
     mapped = undecoded(dataset).map(
         encode,
         batched=True,
@@ -117,6 +128,7 @@ def _prepare_rows(
         new_fingerprint=key,
         desc=f"Tokenising {name} data",
     )
+    end_template_process()
     report, kept = PrepareReport(name), []
     for row, status in enumerate(mapped.data.column("status").to_pylist()):
         report.add(row, status)
@@ -138,7 +150,10 @@ class PreparedStream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         report = prepare_report(self)
         report.restart()
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        finally:
+            end_template_process()
         report.finish()
 
 
@@ -148,7 +163,7 @@ def _prepare_stream(
     report = PrepareReport(name)
     settings = (options.branches, options.max_length, options.truncation_mode)
     apart = options.max_completion_length
-    encode = RowEncoder(processing_class, *settings, name, options.on_bad_row, report, apart)
+    encode = RowEncoder(processing_class, *settings, name, options.on_bad_row, report, apart, options.image_roots)
     stream = undecoded(dataset).map(
         encode,
         batched=True,

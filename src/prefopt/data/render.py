@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.data.encoding import Ids, TextEncoder
+from prefopt.data.errors import check_text
 from prefopt.data.image_text import expanded, make_reader
 from prefopt.data.image_tokens import divided
 from prefopt.data.masks import assistant_mask
@@ -121,8 +122,11 @@ def _encode_all(
 
 def _with_same_prompt(item: RenderedExample) -> list[list[Branch]]:
     """The branches by the text of their prompt, which is nearly always one."""
+    for branch, text in item.texts.items():
+        check_text(text, item.example.row, COLUMN_OF_BRANCH[branch])
     groups: dict[str, list[Branch]] = {}
     for branch, prompt in item.prompts.items():
+        check_text(prompt, item.example.row, "prompt")
         groups.setdefault(prompt, []).append(branch)
     return list(groups.values())
 

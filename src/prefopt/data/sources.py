@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import (
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
+    config,
     load_dataset,
     load_from_disk,
 )
@@ -78,7 +80,8 @@ def _file(place: Path, split: str | None, streaming: bool) -> Loaded:
 
 def _load(builder: str, split: str | None, arguments: dict[str, Any], path: str) -> Loaded:
     try:
-        return load_dataset(builder, split=split, **arguments)
+        with _uncounted():
+            return load_dataset(builder, split=split, **arguments)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path}: no local file or folder with data files has this name, and no data set on the Hub "
@@ -95,6 +98,16 @@ def _load(builder: str, split: str | None, arguments: dict[str, Any], path: str)
             raise missing_split(path, str(split), splits) from None
         cause = error.__cause__ or error
         raise ValueError(f"{path}: the data cannot be read ({type(cause).__name__}: {cause}).") from error
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Within it `datasets` does not tell its makers which reader is used, as it does for local files too."""
+    before, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _splits(error: Exception) -> str | None:

@@ -13,6 +13,7 @@ from prefopt.data.errors import bad_row
 from prefopt.data.image_text import expanded
 from prefopt.data.images import image_token
 from prefopt.data.messages import follow_on, parts_of, with_object_arguments
+from prefopt.data.template_process import TemplateError, TemplateLimitError, apply_template
 from prefopt.types import COLUMN_OF_BRANCH, Message, PreferenceExample
 
 __all__ = ["ChatRenderer", "Rendering", "joined", "prompt_rendering", "tokenizer_of"]
@@ -102,12 +103,12 @@ class ChatRenderer:
     def _render_together(self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]) -> Sequence[str]:
         """The text of each conversation; nothing where the tokenizer fails on one or has a way of its own."""
         tokenizer = tokenizer_of(self.processing_class)
-        if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        if not conversations or type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             return ()
         given = [self._as_taken(messages) for messages in conversations]
         try:
-            return tokenizer.apply_chat_template(given, chat_template=self._template(), tokenize=False, **options)
-        except Exception:  # each is then rendered for itself, which names the row
+            return apply_template(tokenizer, given, {"chat_template": self._template(), "tokenize": False, **options})
+        except TemplateError:  # each is then rendered for itself, which names the row
             return ()
 
     def tokens_with_markers(
@@ -138,19 +139,28 @@ class ChatRenderer:
 
         def apply(given: Sequence[Message]) -> Any:
             arguments = {"tools": example.tools, "chat_template": self._template(), **example.chat_template_kwargs}
-            return tokenizer.apply_chat_template(list(given), **arguments, **options)
+            if clash := arguments.keys() & options.keys():
+                raise TemplateError(f"`chat_template_kwargs` has {', '.join(sorted(clash))}, which is set for all rows")
+            return apply_template(tokenizer, list(given), {**arguments, **options})
 
         with_objects = with_object_arguments(messages)
-        if with_objects is not None:
-            try:
-                return apply(with_objects)
-            except Exception:  # this template takes the arguments of tool calls as text
-                pass
         try:
-            return apply(messages)
-        except Exception as error:  # a template may raise anything
-            fix = "Change the row, the template, or `chat_template_kwargs`."
-            raise bad_row(example.row, column, f"the chat template failed: {error or type(error)}", fix) from error
+            try:
+                return apply(messages if with_objects is None else with_objects)
+            except TemplateLimitError:
+                raise
+            except TemplateError:
+                if with_objects is None:
+                    raise
+                return apply(messages)  # this template takes the arguments of tool calls as text
+        except TemplateError as error:
+            fix = f"Change the row, the template ({self._name}), or `chat_template_kwargs`."
+            raise bad_row(example.row, column, f"the chat template failed: {error}", fix) from error
+
+    @property
+    def _name(self) -> str:
+        """Whose template it is, for messages."""
+        return getattr(self.processing_class, "name_or_path", "") or type(self.processing_class).__name__
 
     def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the template takes them: those of vision-language models take the content as parts."""

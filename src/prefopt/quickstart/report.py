@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.quickstart.task import ASKS, check, parse
+from prefopt.terminal import harmless
+from prefopt.trainer.samples import cell
 
 if TYPE_CHECKING:
     from prefopt.quickstart.measure import Measured
@@ -89,7 +91,7 @@ def answers_text(prompts: Sequence[str], rows: Sequence[int], *columns: tuple[st
         for name, measured in columns:
             answer = measured.answers[row]
             is_right = check(prompts[row], answer)
-            text.append(f"  {name:<8}{answer.strip()}  ")
+            text.append(harmless(f"  {name:<8}{answer.strip()}  "))
             text.append("right\n" if is_right else "wrong\n", style="green" if is_right else "red")
     return text
 
@@ -145,9 +147,9 @@ def _answers(outcome: Outcome, measured: Sequence[Measured]) -> Iterator[tuple[s
     for row in examples(prompts, outcome.before):
         request = parse(prompts[row])
         yield (
-            f"{request.ask}: {' '.join(request.words)}",
-            request.right.strip(),
-            *(_judged(prompts[row], each.answers[row]) for each in measured),
+            cell(f"{request.ask}: {' '.join(request.words)}"),
+            cell(request.right.strip()),
+            *(cell(_judged(prompts[row], each.answers[row])) for each in measured),
         )
 
 
