@@ -1,4 +1,4 @@
-# make quickstart | test | lint: each makes its environment in .venv, once.
+# make quickstart | test | reliability | lint: each makes its environment in .venv, once.
 # Needs Python 3.11, make and pip.
 
 PYTHON ?= python3.11
@@ -13,11 +13,12 @@ TORCH  ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test reliability lint clean
 
 help:
 	@echo "make quickstart   train a small model with DPO and show before and after"
 	@echo "make test         all tests (TESTS=tests/cli for some, JOBS=8 for more processes)"
+	@echo "make reliability  the long form of what must survive, ending with its figures (hours; JOBS=8 for more processes)"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        remove the environment"
 
@@ -29,6 +30,10 @@ test: .venv/.test
 ifeq ($(TESTS),tests)
 	$(BIN)/pytest --doctest-modules --doctest-ignore-import-errors --doctest-glob '*.md' src docs $(wildcard README.md) -n $(JOBS) --dist loadfile
 endif
+
+reliability: .venv/.test
+	RELIABILITY=long $(BIN)/pytest tests/reliability tests/parity/test_loss_curve.py \
+	    -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PREFOPT_CURVES"] = "off"  # half a second a run; the tests of curves turn them on
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -27,6 +30,23 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def swept_at_the_end() -> Iterator[None]:
+    """What `imports_set_aside` set aside is let go of like anything else."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_set_aside() -> None:
+    """Every run begins with accelerate's search for garbage; among a million objects of imports it takes half a second.
+
+    What is set aside is taken to be alive: at the start of a module, after a search.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

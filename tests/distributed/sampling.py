@@ -1,22 +1,15 @@
-"""Run by every rank of a test: samples during a run, of whole models (DDP) and of divided ones (FSDP2), or alone.
-
-python -m torch.distributed.run --nproc_per_node 2 tests/distributed/sampling.py FOLDER
-"""
+"""Run by every rank of a test: samples during a run, of whole models (DDP) and of divided ones (FSDP2), or alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "trainer")]
-
-import torch  # noqa: E402
-from runs import dataset, trainer  # noqa: E402
-from sharded import shard_on_cpu  # noqa: E402
+import torch
+from runs import dataset, trainer
+from sharded import shard_on_cpu
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -58,13 +51,8 @@ def samples(folder: Path, *, fsdp: bool = False, lora: bool = False, **options: 
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     shard_on_cpu()
     world = os.environ.get("WORLD_SIZE", "1")
     results = {name: samples(folder / world / name, **options) for name, options in CASES.items()}
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / f"results-{world}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

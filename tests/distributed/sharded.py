@@ -1,34 +1,27 @@
-"""Run by every rank of a test: the cases of ``CASES`` under FSDP2, or alone; rank 0 writes their results to a file.
-
-python -m torch.distributed.run --nproc_per_node 2 tests/distributed/sharded.py FOLDER
-"""
+"""Run by every rank of a test: the cases of ``CASES`` under FSDP2, or alone; rank 0 writes their results to a file."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "trainer")]
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather_object
+from encoder_decoders import tiny_encoder_decoder
+from runs import dataset, log_rows, trainer
+from tiny_models import tiny_model
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-import torch  # noqa: E402
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
-from accelerate.utils import DistributedType, gather_object  # noqa: E402
-from encoder_decoders import tiny_encoder_decoder  # noqa: E402
-from runs import dataset, log_rows, trainer  # noqa: E402
-from tiny_models import tiny_model  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-
-from prefopt import BEMACallback  # noqa: E402
-from prefopt.reference.weights import reshard  # noqa: E402
-from prefopt.scoring import capability  # noqa: E402
+from prefopt import BEMACallback
+from prefopt.reference.weights import reshard
+from prefopt.scoring import capability
 
 GLOBAL_BATCH = 4
 COMMON = {
@@ -89,6 +82,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-logits-of-one-row": ("dpo", {"eval_rows": 1, "full_logits_for_metrics": True, "compute_metrics": positions}),
     "encoder-decoder": ("dpo", {"kind": "t5"}),
     "encoder-decoder-lora": ("tpo", {"kind": "bart", "lora": True, "gradient_checkpointing": True}),
+    "dpo-best": (
+        "dpo",
+        {  # the greatest loss of the evaluation is that after the first step
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": True,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "tied": True,
+        },
+    ),
+    "dpo-given": ("dpo", {"given": True}),
     "simpo": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0}),
     "tpo": ("tpo", {"tied": True}),
 }
@@ -191,14 +198,9 @@ def layouts_after_a_fault(folder: Path) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     shard_on_cpu()
     results: dict[str, Any] = {name: run_case(folder, *case) for name, case in CASES.items()}
     results["layouts"] = layouts_after_a_fault(folder)
     if int(os.environ.get("RANK", "0")) == 0:
         world = os.environ.get("WORLD_SIZE", "1")
         (folder / f"results-{world}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

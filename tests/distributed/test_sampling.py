@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from sampling import CASES
+from sampling import CASES, main
 from worlds import results_of
-
-SCRIPT = Path(__file__).with_name("sampling.py")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """World size -> case -> result; both worlds run at the same time."""
-    return results_of(SCRIPT, tmp_path_factory.mktemp("sampling"))
+    return results_of(main, tmp_path_factory.mktemp("sampling"))
 
 
 @pytest.mark.distributed

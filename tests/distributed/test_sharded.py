@@ -9,18 +9,17 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))
-from sharded import CASES
+from sharded import CASES, main
 from worlds import results_of
 
 TOLERANCE = 1e-6
 """Relative norm of the weights in float32 after three steps of SGD; sums are taken in another order."""
-SCRIPT = Path(__file__).with_name("sharded.py")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """World size -> case -> result; both worlds run at the same time."""
-    return results_of(SCRIPT, tmp_path_factory.mktemp("sharded"))
+    return results_of(main, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.distributed

@@ -9,20 +9,19 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))
-from two_ranks import CASES, EVALUATED
+from two_ranks import CASES, EVALUATED, main
 from worlds import results_of
 
 WEIGHTS_TOLERANCE = 1e-6
 """Relative norm in float32 after at most five steps of SGD."""
 ROUNDING = 1e-6
 """Of a mean margin, float32: before the first step policy and reference agree but for the order of their sums."""
-SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """World size -> case -> result; both worlds run at the same time."""
-    return results_of(SCRIPT, tmp_path_factory.mktemp("ranks"))
+    return results_of(main, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.distributed

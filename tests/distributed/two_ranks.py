@@ -1,7 +1,4 @@
-"""Run by every rank of a test: the cases of ``CASES``, whose results rank 0 writes to a file.
-
-python -m torch.distributed.run --nproc_per_node 2 tests/distributed/two_ranks.py FOLDER
-"""
+"""Run by every rank of a test: the cases of ``CASES``, whose results rank 0 writes to a file."""
 
 from __future__ import annotations
 
@@ -11,19 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "trainer")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "trainer"))
 
-import torch  # noqa: E402
-from accelerate.utils import gather_object  # noqa: E402
-from encoder_decoders import tiny_encoder_decoder  # noqa: E402
-from runs import UNSET, dataset, log_rows, trainer, weights  # noqa: E402
-from test_vision import trainer as vision_trainer  # noqa: E402
-from tiny_models import tiny_model  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+import torch
+from accelerate.utils import gather_object
+from encoder_decoders import tiny_encoder_decoder
+from runs import UNSET, dataset, log_rows, trainer, weights
+from test_vision import trainer as vision_trainer
+from tiny_models import tiny_model
+from transformers import TrainerCallback
 
-from prefopt.reference import ModelReference  # noqa: E402
-from prefopt.trainer import preparing  # noqa: E402
+from prefopt.reference import ModelReference
+from prefopt.trainer import preparing
 
 GLOBAL_BATCH = 4
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 5, "lr_scheduler_type": "constant", "use_cpu": True}
@@ -45,7 +41,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bco-shift": ("dpo", {"count": 21, **TWICE, "loss_type": "bco_pair", "bco_shift": True, "beta": 0.3}),
     "cpo": ("cpo", {"count": 21, "loss_type": "simpo", "cpo_alpha": 0.5}),
     "tpo": ("tpo", {"count": 21}),
-    **{f"rows-{count}": ("dpo", {"count": count, "max_steps": 2}) for count in (1, 2, 3, 5, 6, 7)},
     **{f"{method}-numbers": (method, {"numbers": 21, **TWICE}) for method in ("dpo", "tpo")},
     "dpo-rankings": ("dpo", {"rankings": 21, "num_completions": 3, **TWICE}),
     "compiled": ("dpo", {"count": 21, "torch_compile_backend": "eager"}),
@@ -176,14 +171,9 @@ def remembered(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     results: dict[str, Any] = {name: run_case(folder, *case) for name, case in CASES.items()}
     results |= {f"evaluate-{name}": evaluate(folder, **options) for name, options in EVALUATED.items()}
     results |= remembered(folder / f"caches-{os.environ.get('WORLD_SIZE', '1')}")
     if int(os.environ.get("RANK", "0")) == 0:
         world = os.environ.get("WORLD_SIZE", "1")
         (folder / f"results-{world}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
