@@ -105,7 +105,8 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def sync_tree(folder: str | os.PathLike[str]) -> None:
-    """Make all files and names under a folder last, innermost first, whoever wrote them."""
+    """Make all files and names under a folder last, innermost first, whoever wrote them; modes are the umask's."""
+    mode = 0o666 & ~_umask()
     for path in sorted(Path(folder).rglob("*"), reverse=True):
         if path.is_symlink():
             continue
@@ -114,8 +115,16 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
         else:
             announce("sync", path)
             with open(path, "rb") as file:
+                os.fchmod(file.fileno(), mode)  # safetensors' are its writer's alone
                 os.fsync(file.fileno())
     sync_folder(folder)
+
+
+def _umask() -> int:
+    """What new files of this process may not be; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def remove_tree(folder: str | os.PathLike[str]) -> None:

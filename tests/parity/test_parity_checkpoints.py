@@ -1,4 +1,7 @@
-"""A run that one library began goes on in the other: weights, optimizer, schedule and data order are the same."""
+"""A checkpoint of prefopt in TRL: it finds weights, step and place in the data; optimizer and schedule are new.
+
+The other way round: `test_a_checkpoint_of_trl_starts_a_new_run`.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,14 @@ from tiny_models import tiny_model
 pytestmark = pytest.mark.trl
 
 
-@pytest.mark.parametrize(("first", "second"), [("trl", "prefopt"), ("prefopt", "trl")])
-def test_a_checkpoint_goes_on_in_the_other_library(first: str, second: str) -> None:
-    """Three steps with AdamW; the checkpoint after the first, the other two elsewhere."""
+def test_trl_goes_on_from_the_weights_of_a_checkpoint() -> None:
+    """Three steps; the checkpoint after the first. TRL's second step has the loss of ours, before any optimizer."""
     config = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3}
-    begun = build(first, "dpo", config, ref_model=tiny_model(**REFERENCE))
+    begun = build("prefopt", "dpo", config, ref_model=tiny_model(**REFERENCE))
     begun.train()
-    whole = [row for row in begun.state.log_history if "loss" in row]
-    resumed = build(second, "dpo", config, ref_model=tiny_model(**REFERENCE))
+    resumed = build("trl", "dpo", config, ref_model=tiny_model(**REFERENCE))
     resumed.train(resume_from_checkpoint=str(Path(begun.args.output_dir) / "checkpoint-1"))
-    rest = [row for row in resumed.state.log_history if "loss" in row]
-    assert [row["step"] for row in rest] == [1, 2, 3]
-    for ours, theirs in zip(rest[1:], whole[1:], strict=True):
-        for key in ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen"):
-            assert ours[key] == pytest.approx(theirs[key], rel=RELATIVE, abs=1e-4), key
+    (ours, theirs) = ([row for row in run.state.log_history if "loss" in row] for run in (begun, resumed))
+    assert [row["step"] for row in theirs] == [1, 2, 3]
+    for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+        assert theirs[1][key] == pytest.approx(ours[1][key], rel=RELATIVE, abs=1e-4), key

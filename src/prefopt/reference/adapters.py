@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prefopt.reference.weights import named_weights
 
 __all__ = [
+    "acts_at_the_start",
     "adapter_modules",
     "adapter_off",
     "adapter_parameters",
@@ -72,6 +73,24 @@ def starts_as_identity(model: nn.Module) -> bool:
     return all(id(parameter) in covered for parameter in model.parameters() if parameter.requires_grad)
 
 
+def acts_at_the_start(model: nn.Module) -> bool:
+    """Whether an adapter that is trained is known to be no identity now: LoRA, IA3, ``modules_to_save``, prompts.
+
+    DoRA with a zero factor is one up to rounding.
+    """
+    if hasattr(model, "prompt_encoder"):
+        return True
+    for _, module in adapter_modules(model):
+        for name in map(str, module.active_adapters):  # type: ignore[union-attr]
+            if not any(parameter.requires_grad for parameter in adapter_parameters(module, [name])):
+                continue
+            known = any(hasattr(module, kind) for kind in ("modules_to_save", "lora_A", "ia3_l"))
+            zero = hasattr(module, "lora_A") and has_zero_factor(module, name)
+            if known and not zero and not module_is_identity(module, name):
+                return True
+    return False
+
+
 def module_is_identity(module: Any, name: str) -> bool:
     """Whether adapter ``name`` changes nothing in ``module``."""
     if not any(True for _ in adapter_parameters(module, [name])):
@@ -87,8 +106,11 @@ def module_is_identity(module: Any, name: str) -> bool:
 
 def lora_is_identity(module: Any, name: str) -> bool:
     """Whether B A (AdaLoRA: B E A) = 0 because one factor is zero. Variants (DoRA and others) are something else."""
-    if name in module.lora_variant:
-        return False
+    return name not in module.lora_variant and has_zero_factor(module, name)
+
+
+def has_zero_factor(module: Any, name: str) -> bool:
+    """Whether the product of a LoRA module's factors is zero because one of them is, and none has a bias."""
     if name in module.lora_embedding_A:
         return is_zero(module.lora_embedding_A[name]) or is_zero(module.lora_embedding_B[name])
     factors = [getattr(module, side)[name] for side in ("lora_A", "lora_E", "lora_B") if hasattr(module, side)]

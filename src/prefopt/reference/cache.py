@@ -13,12 +13,12 @@ import os
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from prefopt.files import replace_file
 from prefopt.types import PAIR, Branch
 
 __all__ = ["ReferenceCache", "cache_folder"]
@@ -120,7 +120,7 @@ class ReferenceCache:
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Values], reference: str) -> str:
-    """Write beside, flush to the disk, rename; the file's name."""
+    """Write a shard, whole or not at all; the file's name."""
     tensors = {
         "keys": np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, KEY_BYTES),
         "sum_logps": np.array(list(entries.values()), dtype=np.float64),
@@ -128,15 +128,7 @@ def write_shard(folder: Path, entries: Mapping[bytes, Values], reference: str) -
     content = save(tensors, metadata={"reference": reference, "branches": ",".join(PAIR), "unit": "nats"})
     folder.mkdir(parents=True, exist_ok=True)
     name = checksum(content) + SUFFIX
-    with NamedTemporaryFile(dir=folder, prefix="writing-", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, folder / name)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    replace_file(folder / name, content)
     return name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 import prefopt
 from prefopt.reference.adapters import adapter_modules, adapter_parameters
-from prefopt.reference.weights import bare
+from prefopt.reference.weights import bare, put_together
 from prefopt.scoring.forward import innermost
 
-__all__ = ["fingerprint", "probe"]
+__all__ = ["fingerprint", "probe", "used_tensors", "weights_fingerprint"]
 
 IRRELEVANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Entries of a model config that say where a model is from; its precision is that of its tensors."""
@@ -43,7 +43,7 @@ def fingerprint(model: nn.Module, **settings: object) -> str:
         settings: what else decides the numbers, such as the autocast type.
 
     Raises:
-        ValueError: a weight is not there (on the meta device, or held in pieces by ZeRO-3).
+        ValueError: a weight is not there (on the meta device).
     """
     inner = innermost(model)
     digest = xxhash.xxh3_128()
@@ -59,22 +59,52 @@ def fingerprint(model: nn.Module, **settings: object) -> str:
             }
         )
     )
-    for name, tensor in used_tensors(model):
-        if tensor.is_meta or hasattr(tensor, "ds_id"):
-            raise ValueError(
-                f"The weight {name!r} is not loaded or held in pieces: take the fingerprint before sharding."
-            )
-        digest.update(canonical([name, str(tensor.dtype), list(tensor.shape)]))
-        for block in blocks(tensor):
-            digest.update(block)
+    take_in(digest, used_tensors(model))
     return digest.hexdigest()
+
+
+def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """32 hexadecimal digits of weights and nothing else, the same under every version of the libraries.
+
+    Args:
+        tensors: names and weights; the order of the names does not count.
+
+    Returns:
+        None where a weight is not there as a whole on this rank.
+    """
+    ordered = sorted(tensors, key=lambda item: item[0])
+    if any(isinstance(tensor, DTensor) or tensor.is_meta or hasattr(tensor, "ds_id") for _, tensor in ordered):
+        return None
+    digest = xxhash.xxh3_128()
+    take_in(digest, ordered)
+    return digest.hexdigest()
+
+
+def take_in(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Update ``digest`` with names, types, shapes and bytes.
+
+    Raises:
+        ValueError: a weight is not there.
+    """
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError(f"The weight {name!r} is not loaded: take the fingerprint where it is.")
+        with put_together([tensor]):
+            digest.update(canonical([name, str(tensor.dtype), list(tensor.shape)]))
+            for block in blocks(tensor):
+                digest.update(block)
 
 
 def probe(model: nn.Module) -> bytes:
     """The first number of every tensor that `fingerprint` reads: cheap, and no longer the same once weights move."""
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for _, tensor in used_tensors(model))
+    local = (own_part(tensor) for _, tensor in used_tensors(model))
     first = (tensor.detach()[(0,) * tensor.ndim] for tensor in local if tensor.numel())
     return b"".join(block.tobytes() for number in first for block in blocks(number))
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a weight, where FSDP2 or ZeRO-3 divides it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
 def used_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

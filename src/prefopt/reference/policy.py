@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from prefopt.reference.adapters import adapter_off, adapter_switched, starting_parameters
 from prefopt.reference.fingerprints import fingerprint, probe
-from prefopt.reference.weights import copied, is_sharded, named_weights, placed, reshard, swapped
+from prefopt.reference.weights import copied, is_sharded, named_weights, placed, put_together, reshard, swapped
 from prefopt.scoring.forward import evaluating, install, score
 from prefopt.scoring.sequences import sequence_stats
 from prefopt.types import Branch, PreferenceBatch, SequenceStats
@@ -229,6 +229,7 @@ def stats_of_sums(sums: Mapping[Branch, Tensor], batch: PreferenceBatch) -> dict
 
 def snapshot(model: nn.Module) -> nn.Module:
     """A deep copy of ``model`` as it is now, without gradients. Take it before training or sharding begins."""
-    copy = deepcopy(model)
+    with put_together(model.parameters()):
+        copy = deepcopy(model)
     copy.zero_grad(set_to_none=True)
     return copy

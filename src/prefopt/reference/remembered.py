@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from shutil import rmtree
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefopt.reference.cache import FOLDER, ReferenceCache, Values
+from prefopt.files import remove_tree
+from prefopt.reference.cache import FOLDER, ReferenceCache, Values, write_shard
 from prefopt.reference.policy import ModelReference, ReferencePolicy, stats_of_sums
 from prefopt.types import PAIR, Branch, PreferenceBatch, SequenceStats
 
@@ -154,12 +154,14 @@ class Remembered(ReferencePolicy):
         return {} if self.cache is None else self.cache.take(), complaint
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write all that is known into a checkpoint's folder."""
-        if self.cache is not None:
-            rmtree(Path(folder, FOLDER), ignore_errors=True)  # of a run before, into the same folder
-            copy = ReferenceCache(folder, self.cache.reference)
-            copy.put(self.cache.values)
-            copy.flush()
+        """Write all that is known into a checkpoint's folder.
+
+        Raises:
+            OSError: it could not be written, and the checkpoint with it.
+        """
+        remove_tree(Path(folder, FOLDER))  # of a run before, into the same folder
+        if self.cache is not None and self.cache.values:
+            write_shard(Path(folder, FOLDER, self.cache.reference), self.cache.values, self.cache.reference)
 
     def load(self, folder: str | PathLike[str]) -> None:
         """Continue with what `save` wrote: with the very values of the run that is resumed, whatever the cache has."""

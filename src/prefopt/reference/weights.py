@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["copied", "is_sharded", "named_weights", "placed", "reshard", "swapped"]
+__all__ = ["copied", "is_sharded", "named_weights", "placed", "put_together", "reshard", "swapped"]
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What compilation and activation checkpointing put into a parameter's name."""
@@ -25,6 +25,19 @@ def bare(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+@contextmanager
+def put_together(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Each of the weights is whole meanwhile, also where DeepSpeed ZeRO-3 holds it in pieces; collective."""
+    pieces = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not pieces:
+        yield
+        return
+    import deepspeed  # type: ignore[import-not-found]
+
+    with deepspeed.zero.GatheredParameters(pieces):
+        yield
 
 
 def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

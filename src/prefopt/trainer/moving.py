@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prefopt.checkpoints.tensors import read_tensors, write_tensors
 from prefopt.reference import ModelReference, Precomputed
-from prefopt.reference.policy import AdapterOff
+from prefopt.reference.policy import AdapterOff, StartingWeights
 from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback, updates_reference
 from prefopt.trainer.evaluation import EvaluatingTrainer
 from prefopt.trainer.sharding import gathered
@@ -21,7 +21,7 @@ __all__ = ["MovingTrainer", "has_reference_logps"]
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
-"""The reference's weights, where they move."""
+"""The reference's weights, where only a checkpoint has them."""
 AVERAGE_FILE = "bema_{}.safetensors"
 """The average of each `BEMACallback`, by its number."""
 
@@ -33,6 +33,12 @@ class MovingTrainer(EvaluatingTrainer):
     def moving_reference(self) -> ModelReference | None:
         """The reference, where it moves."""
         return self.model_reference if self.reference_updates else None
+
+    @property
+    def kept_reference(self) -> ModelReference | None:
+        """The reference, where only a checkpoint has it: it moves, or began with an adapter's random numbers."""
+        own = self.model_reference
+        return own if self.reference_updates or isinstance(own, StartingWeights) else None
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.begin_moving()
@@ -85,34 +91,39 @@ class MovingTrainer(EvaluatingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.moving_reference is not None:
-            self.save_weights(self.moving_reference.weights(), Path(output_dir, REFERENCE_FILE))
+        if self.kept_reference is not None:
+            self.save_weights(self.kept_reference.weights(), Path(output_dir, REFERENCE_FILE))
         for name, callback in self.averages():
             self.save_weights(callback.state_dict(), Path(output_dir, name))
 
+    def weights_beside(self) -> Iterable[Tensor]:
+        """The reference, where only a checkpoint has it."""
+        return [] if self.kept_reference is None else self.kept_reference.weights().values()
+
     def save_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write weights that may be divided among ranks; collective."""
-        whole = {name: gathered(tensor).contiguous() for name, tensor in weights.items()}
+        whole = {name: gathered(tensor) for name, tensor in weights.items()}
         if self.args.should_save:
-            save_file(whole, path)
+            write_tensors(whole, path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.moving_reference is not None:
-            self.moving_reference.load_weights(load_file(Path(checkpoint, REFERENCE_FILE)))
+        if self.kept_reference is not None:
+            self.kept_reference.load_weights(read_tensors(Path(checkpoint, REFERENCE_FILE)))
         for name, callback in self.averages():
             if (path := Path(checkpoint, name)).is_file():
-                callback.load_state_dict(load_file(path))
+                callback.load_state_dict(read_tensors(path))
             else:
                 logger.warning("%s has no %s: BEMA's average begins with this run.", checkpoint, name)
 
-    def load_best_reference(self) -> None:
+    def _load_best_model(self) -> None:
         """With the best policy comes the reference that it was compared with."""
+        super()._load_best_model()
         if self.moving_reference is not None:
             best: Any = self.state.best_model_checkpoint
-            self.moving_reference.load_weights(load_file(Path(best, REFERENCE_FILE)))
+            self.moving_reference.load_weights(read_tensors(Path(best, REFERENCE_FILE)))
 
 
 def has_reference_logps(rows: Any) -> bool:

@@ -7,14 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.utils.import_utils import is_peft_available
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
+from prefopt.checkpoints.tensors import write_tensors
 from prefopt.reference.adapters import is_peft
 from prefopt.reference.weights import named_weights
 from prefopt.trainer.adapters import ready_for_adapter
+from prefopt.trainer.saving.weight_files import weight_files
 
 __all__ = ["base_of_adapter", "load_adapter_weights", "save_encoders", "with_saved_adapter"]
 
@@ -62,7 +64,7 @@ def load_adapter_weights(model: Any, checkpoint: str | os.PathLike[str]) -> None
         checkpoint: a folder with the adapter called ``default``, and a folder in it for each other one.
 
     Raises:
-        ValueError: if an adapter is not there.
+        ValueError: if an adapter is not there, or is pickled.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -73,6 +75,7 @@ def load_adapter_weights(model: Any, checkpoint: str | os.PathLike[str]) -> None
     for name in model.peft_config:
         folder = Path(checkpoint) if name == "default" else Path(checkpoint, name)
         there(folder / "adapter_config.json", f"the adapter {name!r}")
+        weight_files(folder, ADAPTER_SAFE_WEIGHTS_NAME)
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
 
 
@@ -89,7 +92,7 @@ def there(file: Path, what: str) -> Path:
 def save_encoders(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write what makes the virtual tokens, where there is such a thing."""
     if weights := encoder_weights(model):
-        save_file({name: weight.detach().cpu() for name, weight in weights.items()}, Path(folder, ENCODERS_FILE))
+        write_tensors(dict(weights), Path(folder, ENCODERS_FILE))
 
 
 def encoder_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,0 +1,1 @@
+"""What is saved of a run, and what a run goes on from."""
