@@ -163,6 +163,10 @@ class OptimizerStep:
     micro_batches: tuple[PreferenceBatch, ...]
     places: tuple[tuple[int, ...], ...]
     """For each micro-batch, where its pairs stand among those of the step on all ranks, in the order of the set."""
+    sources: tuple[list[Mapping[str, Any]], ...]
+    """For each micro-batch, the prepared rows that it was made of, from which smaller ones can be made."""
+    most_pairs: tuple[int, ...]
+    """For each micro-batch, the most pairs that any rank runs at the same time: known to all ranks alike."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> OptimizerStep:
         return move(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,12 @@ from prefopt.normalise import term_sum
 from prefopt.reference.weights import reshard
 from prefopt.scoring.plain import full_logits, target_labels
 from prefopt.step import StepResult, preference_step
+from prefopt.trainer.ending.interrupting import InterruptibleTrainer
+from prefopt.trainer.guards.nonfinite import say_what_is_not_finite
+from prefopt.trainer.guards.pair_values import pair_losses
 from prefopt.trainer.sharding import prepared_for_scoring
-from prefopt.trainer.steps import StepTrainer
 from prefopt.trainer.whole_step import pair_table, shares_of_pairs
-from prefopt.types import PAIR, LossTerms, PreferenceBatch
+from prefopt.types import PAIR, OptimizerStep, PreferenceBatch
 
 __all__ = ["EvaluatingTrainer", "PairLengths", "PairPredictions", "check_best_metric"]
 
@@ -62,7 +65,16 @@ class PairRecord(NamedTuple):
     logits: Any
 
 
-class EvaluatingTrainer(StepTrainer):
+class EvaluatedStep(NamedTuple):
+    """What one item of the loader gives on this rank."""
+
+    sums: MetricSums
+    tables: list[Tensor]
+    """[P, 9] of each micro-batch, for losses that sort."""
+    records: list[PairRecord]
+
+
+class EvaluatingTrainer(InterruptibleTrainer):
     """Replaces transformers' evaluation loop.
 
     That loop repeats rows to even out the ranks, averages batch means and takes the batch size from the first tensor's
@@ -82,16 +94,14 @@ class EvaluatingTrainer(StepTrainer):
         model = self.model_for_evaluation()
         self.callback_handler.eval_dataloader = dataloader
         sums, records, tables, custom = MetricSums(), [], [], {}
+        collate = functools.partial(self.new_collate, padded=self.wants_logits)
         for number, (step, last) in enumerate(with_last(dataloader)):
-            step = step.to(self.args.device)
-            for batch, places in zip(step.micro_batches, step.places, strict=True):
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
-                sums.merge(evaluation_sums(result, batch, self.preference.sorted_losses))
-                if self.preference.sorted_losses:
-                    tables.append(pair_table(result, batch)[batch.pair_weights > 0].cpu())
-                if wants_pairs:
-                    records += self.pair_records(model, batch, result, [(number, place) for place in places])
+            self.leave_if_asked(model)
+            evaluate = functools.partial(self.evaluated_step, model, number, wants_pairs)
+            of_step = self.in_fitting_batches(evaluate, "the evaluation", step, collate)
+            sums.merge(of_step.sums)
+            tables += of_step.tables
+            records += of_step.records
             if wants_pairs and self.args.batch_eval_metrics:
                 custom = self.custom_metrics(self.prediction(gather_object(records)), last=last)
                 records = []
@@ -104,6 +114,7 @@ class EvaluatingTrainer(StepTrainer):
             prediction = self.prediction(gather_object(records))
             custom = self.custom_metrics(prediction, last=True)
         metrics.update(denumpify_detensorize(custom))  # type: ignore[arg-type]
+        say_what_is_not_finite(metrics, metric_key_prefix)
         return EvalLoopOutput(
             predictions=None if prediction is None else prediction.predictions,  # type: ignore[arg-type]
             label_ids=None if prediction is None else prediction.label_ids,
@@ -111,12 +122,34 @@ class EvaluatingTrainer(StepTrainer):
             num_samples=num_pairs,
         )
 
+    def evaluated_step(self, model: nn.Module, number: int, wants_pairs: bool, step: OptimizerStep) -> EvaluatedStep:
+        """The micro-batches of an item of the loader.
+
+        Args:
+            model: as `model_for_evaluation` gives it.
+            number: of the item, from 0.
+            wants_pairs: whether predictions are made.
+            step: the item.
+        """
+        found = EvaluatedStep(MetricSums(), [], [])
+        step = step.to(self.args.device)
+        for batch, places in zip(step.micro_batches, step.places, strict=True):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
+            found.sums.merge(evaluation_sums(result, batch, self.preference.sorted_losses))
+            if self.preference.sorted_losses:
+                found.tables.append(pair_table(result, batch)[batch.pair_weights > 0].cpu())
+            if wants_pairs:
+                found.records.extend(self.pair_records(model, batch, result, [(number, place) for place in places]))
+        return found
+
     def model_for_evaluation(self) -> nn.Module:
         """The model as training left it, or prepared for evaluation where no training came before."""
         model = self._wrap_model(self.model, training=False)
-        if model is self.model and not any(model is prepared for prepared in self.accelerator._models):
+        trained = self.is_deepspeed_enabled and self.model_wrapped is not self.model  # within its engine
+        if model is self.model and not trained and not any(model is other for other in self.accelerator._models):
             start = time.time()
-            if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 model = self.accelerator.prepare(model)
             else:
                 model = prepared_for_scoring(self.accelerator, model)
@@ -235,27 +268,6 @@ def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
             yield item, False
             item = following
         yield item, True
-
-
-def pair_losses(terms: LossTerms, batch: PreferenceBatch) -> Tensor:
-    """[P] the loss of each pair by itself: its pair losses, and the mean NLL of its own tokens, weighted.
-
-    Not in it are the load-balancing loss, which is no pair's, and the weights of rows.
-    """
-    num_pairs = batch.layout.num_pairs
-    losses = torch.zeros(
-        num_pairs, dtype=accumulator_dtype(batch.pair_weights.device), device=batch.pair_weights.device
-    )
-    for term in terms.terms:
-        values = term.weight * term.values.detach().to(losses.dtype)
-        if term.unit == "pair":
-            losses += values
-        elif term.unit == "token":
-            assert term.branch is not None
-            lengths = batch.layout.num_tokens[batch.layout.sequence_slice(term.branch)]
-            pairs = batch.layout.pair_index(term.branch)
-            losses += torch.zeros_like(losses).index_add(0, pairs, values) / lengths.clamp(min=1)
-    return losses
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -23,6 +23,8 @@ class Share(NamedTuple):
 
     places: Sequence[int]
     weight: float
+    most_pairs: int
+    """Of the micro-batches that the ranks run at the same time."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Geometry:
             assert lengths is not None, "a budget is of tokens: the lengths of the pairs are needed"
             rounds = self.dealt(self.budget.micro_batches(lengths, self.world_size))
         for micro_batches in rounds:
-            own = micro_batches[self.rank]
-            yield Share(own, 1.0) if own else Share(next(filter(None, micro_batches))[:1], 0.0)
+            own, most = micro_batches[self.rank], max(map(len, micro_batches))
+            yield Share(own, 1.0, most) if own else Share(next(filter(None, micro_batches))[:1], 0.0, most)
 
     def rounds_by_count(self, num_pairs: int) -> Iterator[list[Sequence[int]]]:
         """Of each block one micro-batch per rank, whose numbers of pairs differ by at most 1."""

@@ -139,9 +139,12 @@ def make_step(
         collate: rows of one micro-batch and their weight -> the batch.
     """
     own = tuple(shares)
+    sources = tuple(list(fetch(share.places)) for share in own)
     return OptimizerStep(
-        micro_batches=tuple(collate(fetch(share.places), share.weight) for share in own),
+        micro_batches=tuple(collate(rows, share.weight) for rows, share in zip(sources, own, strict=True)),
         places=tuple(tuple(share.places) for share in own),
+        sources=sources,
+        most_pairs=tuple(share.most_pairs for share in own),
     )
 
 

@@ -1,31 +1,30 @@
-"""How a step is run, logged and saved: transformers' loop over items that are whole optimizer steps."""
+"""How a step is run: transformers' loop over items that are whole optimizer steps."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.nn.parallel import DistributedDataParallel
 
+from prefopt.metrics import MetricSums
 from prefopt.normalise import local_counts, total
 from prefopt.objective import Objective
 from prefopt.reference import ModelReference, ReferencePolicy, check_identity
 from prefopt.step import StepResult, preference_step
-from prefopt.trainer.adapter_files import save_encoders
 from prefopt.trainer.adapters import regularised
 from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.guards.out_of_memory import FailedElsewhereError, any_rank
+from prefopt.trainer.guards.pair_values import PairValues
 from prefopt.trainer.model_card import write_model_card
-from prefopt.trainer.nonfinite import NonFiniteStepError, describe
-from prefopt.trainer.sharding import gathered
+from prefopt.trainer.saving.adapter_files import save_encoders
+from prefopt.trainer.step_log import LoggingTrainer
 from prefopt.trainer.whole_step import ScoredBatch, scored_step
-from prefopt.trainer.window import LogWindow
 from prefopt.types import OptimizerStep, PreferenceBatch, StepCounts
 
 __all__ = ["StepTrainer"]
@@ -35,10 +34,9 @@ logger = logging.getLogger(__name__)
 HALF_EPSILON = 1e-4
 """Adam's epsilon for float16 weights: gradients below it are noise in a type with 10 bits."""
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STATE_FILE = "prefopt_state.json"
 
 
-class StepTrainer(Trainer):
+class StepTrainer(LoggingTrainer):
     """Runs `OptimizerStep` items: micro-batches, gradient synchronisation, denominators, metrics.
 
     The loop of transformers sees one item per optimizer step and an accumulation of 1; how many micro-batches a step
@@ -67,10 +65,8 @@ class StepTrainer(Trainer):
 
     def start_window(self) -> None:
         """Set up what the steps keep; called once, after the constructor of transformers' trainer."""
-        self.window = LogWindow()
-        self.resumed_log: dict[str, Any] | None = None
+        super().start_window()
         self.accumulation = self.args.gradient_accumulation_steps
-        self.add_callback(ContinueLog(self))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Transformers' optimizer, with an epsilon that a float16 model can hold.
@@ -115,6 +111,11 @@ class StepTrainer(Trainer):
         with self.accumulation_shown_as(1):
             return super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss since the last row is this rank's alone, which the loss of the whole run would be made with."""
+        self._tr_loss = self.sum_over_ranks(self._tr_loss.detach().clone()) / self.args.world_size
+        return super()._finalize_training(*args, **kwargs)
+
     def get_total_train_batch_size(self, args: Any) -> int:
         accumulation = self.accumulation if self.is_in_train else args.gradient_accumulation_steps
         return self._train_batch_size * accumulation * args.world_size
@@ -124,15 +125,18 @@ class StepTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One optimizer step's forward and backward passes; returns its loss (times world size over this rank)."""
-        step: OptimizerStep = inputs.to(self.args.device, non_blocking=True)
+        self.exchanging = bool(getattr(model, "broadcast_buffers", False) and model.modules_buffers)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
-        counts = self.step_counts(step)
-        self.last_step, self.last_losses = step, []
+        counts = self.step_counts(inputs)
+        step: OptimizerStep = inputs.to(self.args.device, non_blocking=True)
+        self.last_step, self.last_losses, self.last_values = step, [], []
+        self.step_metrics = MetricSums()
         scored = self.scored_step(model, step)
         for index, batch in enumerate(step.micro_batches):
-            with self.synchronised(model, index == len(step.micro_batches) - 1):
+            last = index == len(step.micro_batches) - 1
+            with self.synchronised(model, last):
                 with self.compute_loss_context_manager():
                     reference = scored[index].reference if scored else self.reference
                     options = {"aux_weight": self.aux_weight, "learn": not scored}
@@ -141,13 +145,31 @@ class StepTrainer(Trainer):
                     terms = regularised(terms, self.model)
                     loss = self.args.world_size * total(terms, batch, counts)
                 self.check_identity_once(result, batch.rows)
+                if last:
+                    self.agree_to_go_on()
+                    self.begin_exchange(model, loss)
                 self.accelerator.backward(loss, **self.backward_options())
             self.last_losses.append(loss.detach())
-            self.window.add(result.metrics)
+            self.last_values.append(PairValues.of(result, terms))
+            self.step_metrics.merge(result.metrics)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return torch.stack(self.last_losses).sum()
+
+    def agree_to_go_on(self, failed: bool = False) -> None:
+        """All ranks come here at the same points of a step, or in place of the next one when memory has run out.
+
+        Raises:
+            FailedElsewhereError: another rank has come because of that.
+        """
+        if self.args.world_size > 1 and not self.is_divided and any_rank(failed) and not failed:
+            raise FailedElsewhereError("on another rank")
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether ranks divide the weights, so that every layer waits for all of them."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def scored_step(self, model: nn.Module, step: OptimizerStep) -> list[ScoredBatch]:
         """The micro-batches, scored, for losses of the whole step; empty where there is none, or it is one batch."""
@@ -158,64 +180,67 @@ class StepTrainer(Trainer):
             with self.compute_loss_context_manager():
                 return preference_step(model, self.reference, batch, self.preference)
 
+        def all_reduce(table: Tensor) -> Tensor:
+            self.agree_to_go_on()
+            return self.sum_over_ranks(table)
+
         num_pairs = self.get_total_train_batch_size(self.args)
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
         # the second run of a micro-batch has the dropout of the first
         with torch.random.fork_rng(devices, device_type=self.args.device.type if devices else "cuda"):
-            return scored_step(step, run, self.preference, num_pairs, self.sum_over_ranks)
+            return scored_step(step, run, self.preference, num_pairs, all_reduce)
 
     @contextmanager
     def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients are exchanged between ranks with the last micro-batch of a step only."""
+        """Gradients are exchanged between ranks with the last micro-batch of a step only.
+
+        DDP would prepare for it in the forward pass, after which that can no longer be left: see `begin_exchange`.
+        """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        if last:
+        if last and not isinstance(model, DistributedDataParallel):
             yield
         else:
             with self.accelerator.no_sync(model):
                 yield
+
+    def begin_exchange(self, model: nn.Module, loss: Tensor) -> None:
+        """All ranks have come through the forward pass: the backward pass exchanges gradients."""
+        self.exchanging = True
+        if isinstance(model, DistributedDataParallel):
+            model.require_forward_param_sync = True
+            model.reducer.prepare_for_backward([loss])
 
     def backward_options(self) -> dict[str, Any]:
         """DeepSpeed must not divide by its own accumulation steps: the loss has its denominator."""
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
 
     def step_counts(self, step: OptimizerStep) -> StepCounts:
-        """The denominators of the step, summed over ranks in one small collective."""
+        """The denominators of the step, summed over ranks in one small collective.
+
+        Args:
+            step: on the host: where its copy to the device fails, the ranks have met here before.
+        """
         counts = local_counts(step.micro_batches)
-        if self.args.world_size == 1:
-            return counts
         flat: list[Any] = []
         move_numbers(counts, flat.append)
-        table = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in flat])
-        summed = iter(self.accelerator.reduce(table, reduction="sum"))
+        table = torch.stack([torch.as_tensor(x, dtype=torch.float32) for x in flat]).to(self.args.device)
+        summed = iter(self.sum_over_ranks(table))
         return move_numbers(counts, lambda _: next(summed))
 
     def check_identity_once(self, result: StepResult, rows: tuple[int, ...]) -> None:
-        """On the first micro-batch of a fresh run: does the reference agree with the policy it was taken from?"""
+        """On the first micro-batch of a fresh run: does the reference agree with the policy it was taken from?
+
+        Numbers that are not finite are left to the check of the step, which knows more about them.
+        """
         if not self.unchecked_identity:
             return
         self.unchecked_identity = False
         derives = self.reference is not None and self.reference.derives_from_policy
-        if derives and self.state.global_step == 0 and result.reference is not None:
+        given = (result.policy, result.reference or {})
+        sums = torch.cat([stats.sum_logps.detach() for of_one in given for stats in of_one.values()])
+        if derives and self.state.global_step == 0 and result.reference is not None and sums.isfinite().all():
             dtype: Any = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision, self.model.dtype)
             check_identity(result.policy, result.reference, rows=rows, dtype=dtype)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = gathered(super()._get_grad_norm(model, grad_norm))
-        losses_finite = torch.isfinite(torch.stack(self.last_losses)).all()
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # the scaler skips steps that overflow
-        finite = losses_finite & (scaled or torch.isfinite(torch.as_tensor(grad_norm, device=losses_finite.device)))
-        if self.args.world_size > 1:
-            finite = self.accelerator.reduce(finite.float(), reduction="mean") == 1
-        if not finite:
-            self.refuse_step(describe(self.state.global_step + 1, self.last_step, self.last_losses, grad_norm))
-        return grad_norm
-
-    def refuse_step(self, message: str) -> None:
-        """Stop, or leave the step out, as ``on_nonfinite`` says."""
-        if self.args.on_nonfinite == "stop":
-            raise NonFiniteStepError(message)
-        logger.warning("%s Skipped.", message)
-        self.optimizer.zero_grad(set_to_none=True)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 FLOPs per token and parameter outside the embeddings, transformers' own estimate."""
@@ -228,17 +253,6 @@ class StepTrainer(Trainer):
             tokens = torch.tensor(tokens_of(inputs), device=self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, reduction="sum").item())
 
-    # -- log -----------------------------------------------------------------------------------------------------
-
-    def sum_over_ranks(self, table: Tensor) -> Tensor:
-        return self.accelerator.reduce(table, reduction="sum") if self.args.world_size > 1 else table  # type: ignore[return-value]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training rows, and the summary at the end, get the metrics since the row before."""
-        if "loss" in logs or "train_loss" in logs:
-            logs.update(self.window.flush(self.sum_over_ranks))
-        super().log(logs, start_time)
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -250,46 +264,6 @@ class StepTrainer(Trainer):
             if self.args.should_save:
                 save_encoders(self.model, output_dir or self.args.output_dir)  # type: ignore[arg-type]
                 write_model_card(self, output_dir or self.args.output_dir)  # type: ignore[arg-type]
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = {
-            "window": self.window.state(self.sum_over_ranks),
-            "loss_since_log": self.sum_over_ranks(self._tr_loss.detach().clone()).item() / self.args.world_size,
-            "total_loss": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
-            "reward_shift": shift.state_dict() if (shift := self.preference.reward_shift) else None,
-        }
-        if self.args.should_save:
-            Path(output_dir, STATE_FILE).write_text(json.dumps(state, indent=1))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint, STATE_FILE)).is_file():
-            self.resumed_log = json.loads(path.read_text())
-
-    def continue_log(self) -> None:
-        """After a resume: the running sums of the loss and the metrics, as they were when the checkpoint was made."""
-        state, self.resumed_log = self.resumed_log, None
-        if state is None:
-            return
-        self.window = LogWindow.restored(state["window"], self.args.device, keep_sums=self.args.process_index == 0)
-        self._tr_loss.fill_(state["loss_since_log"])
-        self._total_loss_scalar = state["total_loss"]
-        self._globalstep_last_logged = state["last_logged_step"]
-        self._initial_global_step = 0  # the total covers the run from its start, and so must the number of steps
-        if self.preference.reward_shift is not None:
-            self.preference.reward_shift.load_state_dict(state["reward_shift"])
-
-
-class ContinueLog(TrainerCallback):
-    """Transformers sets its running loss to zero when training begins; what a checkpoint kept goes in after that."""
-
-    def __init__(self, trainer: StepTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.continue_log()
 
 
 def tokens_of(inputs: Any) -> int:
