@@ -1,0 +1,1 @@
+"""How a run ends, whenever it does: signals, and the record that it leaves."""

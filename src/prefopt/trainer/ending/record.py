@@ -1,0 +1,150 @@
+"""What a run leaves in its folder while it runs: the rows it has logged, and how it stands.
+
+=================== ==================================================================================
+file                what is in it
+=================== ==================================================================================
+``metrics.jsonl``   a line for each logged row, on the disk before any callback sees it
+``run.json``        how the run stands or ended, why, and how to go on
+``curves.png``      drawn from the rows when the run ends (`prefopt.report.curves`)
+=================== ==================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from prefopt.files import append_line, rename, replace_file
+from prefopt.trainer.saving.masking import without_secrets
+
+__all__ = [
+    "CURVES",
+    "METRICS",
+    "NOT_FINITE",
+    "RUN",
+    "append_row",
+    "keep_rows",
+    "now",
+    "read_rows",
+    "read_run",
+    "reason",
+    "rows_until",
+    "set_aside",
+    "versions",
+    "write_run",
+]
+
+METRICS, RUN, CURVES = "metrics.jsonl", "run.json", "curves.png"
+NOT_FINITE = "not_finite"
+"""Key of a row: metric -> ``nan``, ``inf`` or ``-inf``. The metric itself is null, as JSON has no such numbers."""
+PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "datasets", "peft")
+LONGEST = 4000
+"""Characters of an exception's message that are kept."""
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a logged row, with the time, as strict JSON."""
+    odd = {name: str(float(value)) for name, value in row.items() if is_not_finite(value)}
+    finite = {name: None if name in odd else value for name, value in row.items()}
+    whole = (
+        {"step": row["step"], "epoch": row.get("epoch"), "time": now()} | finite | ({NOT_FINITE: odd} if odd else {})
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_line(path, json.dumps(whole, allow_nan=False, default=plain))
+
+
+def is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's; anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line that was not written to its end is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only rows that ``keep`` is true of; the file is the old one or the new one at any moment."""
+    if path.is_file():
+        lines = (json.dumps(row, ensure_ascii=False) for row in read_rows(path) if keep(row))
+        replace_file(path, "".join(f"{line}\n" for line in lines))
+
+
+def rows_until(step: int, num_at_step: int) -> Callable[[dict[str, Any]], bool]:
+    """For `keep_rows`: what a run had logged at ``step``, the first ``num_at_step`` rows of that step included."""
+    seen = 0
+
+    def keep(row: dict[str, Any]) -> bool:
+        nonlocal seen
+        seen += row["step"] == step
+        return seen <= num_at_step if row["step"] == step else row["step"] < step and not seen
+
+    return keep
+
+
+def set_aside(path: Path) -> None:
+    """Give the file of an earlier run a free name beside it: ``metrics-1.jsonl`` and so on."""
+    if path.is_file():
+        number = 1
+        while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+            number += 1
+        rename(path, aside)
+
+
+# -- how a run stands --------------------------------------------------------------------------------------------------
+
+
+def write_run(path: Path, values: Mapping[str, Any]) -> None:
+    """Write how a run stands, without secrets."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(without_secrets(dict(values)), indent=1))
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """How the last run in a folder stands; empty where none has left word."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def reason(error: BaseException) -> dict[str, Any]:
+    """Why a run ended, of the exception that ended it."""
+    received = getattr(error, "signal", None)
+    known = {"signal": getattr(received, "name", None), "rows": getattr(error, "rows", None)}
+    found = {"type": type(error).__name__, "message": str(error)[:LONGEST]}
+    return found | {name: value for name, value in known.items() if value is not None}
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
