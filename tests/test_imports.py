@@ -15,6 +15,7 @@ PACKAGE = Path(prefopt.__file__).parent
 MAY_IMPORT = {
     "types": set(),
     "files": set(),
+    "terminal": set(),
     "checkpoints": {"files", "types"},
     "report": {"files"},
     "losses": {"types"},
@@ -24,10 +25,11 @@ MAY_IMPORT = {
     "scoring": {"types", "losses", "batching"},
     "reference": {"files", "types", "scoring"},
     "metrics": {"types"},
-    "data": {"files", "types"},
+    "data": {"files", "terminal", "types"},
     "step": {"types", "objective", "scoring", "metrics"},
     "trainer": {
         "files",
+        "terminal",
         "checkpoints",
         "report",
         "types",
@@ -40,8 +42,8 @@ MAY_IMPORT = {
         "data",
         "step",
     },
-    "cli": {"files", "trainer", "data", "scoring", "quickstart"},
-    "quickstart": {"trainer"},
+    "cli": {"files", "terminal", "trainer", "data", "scoring", "quickstart"},
+    "quickstart": {"terminal", "trainer"},
 }
 """Stage -> the stages it may know, beside itself."""
 ONLY_THE_TRAINER_KNOWS = {"accelerate"}

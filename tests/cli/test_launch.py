@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from tiny_models import save_tiny, standard_rows
 
 from prefopt.cli import launch
 from prefopt.cli.launch import LAUNCHED, accelerate_config_path, plan_launch
+from prefopt.cli.main import main
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
+from worlds import start_world
+
+TOLERANCE = 1e-6
+"""Relative norm of the weights in float32: sums are taken in another order."""
 NAMES = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3", "cpu")
 BEFORE = (sys.executable, "-m", "accelerate.commands.launch")
 
@@ -118,22 +128,65 @@ def test_no_config_is_missing():
     assert sorted(path.stem for path in launch.CONFIGS.glob("*.yaml")) == sorted(NAMES)
 
 
-@pytest.mark.distributed
-def test_two_ranks_train(tmp_path: Path):
-    from tiny_models import save_tiny, standard_rows
+def test_a_rank_does_all_that_is_to_be_done_at_its_end():
+    """Threads, functions of the end and what is printed, and then no finalisation: what that would run, does not."""
+    script = """
+import atexit, threading, time
+from prefopt.cli.launch import leave
 
+class Last:
+    def __del__(self):
+        print("finalised")
+
+kept = Last()
+atexit.register(print, "at exit", end=" ")
+threading.Thread(target=lambda: (time.sleep(0.1), print("thread", end=" "))).start()
+leave(3)
+"""
+    for world_size, expected in (("1", "thread at exit finalised\n"), ("2", "thread at exit ")):
+        env = {**os.environ, "WORLD_SIZE": world_size}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+        assert (done.returncode, done.stdout) == (3, expected)
+
+
+def run_command(arguments: list[str]) -> None:
+    """In a process of its own."""
+    assert main(arguments) == 0
+
+
+@pytest.mark.distributed
+def test_two_ranks_go_on_where_one_process_stopped(tmp_path: Path):
+    """By `--num_processes 2 --resume_from_checkpoint true` with half the pairs on each rank."""
     rows = standard_rows(8)
     lines = [json.dumps(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     (tmp_path / "run.yaml").write_text(
         f"model_name_or_path: {save_tiny(tmp_path / 'model')}\ndataset_name: {tmp_path / 'pairs.jsonl'}\n"
-        f"output_dir: {tmp_path / 'out'}\nmax_steps: 2\nper_device_train_batch_size: 2\nreport_to: none\n"
-        "save_strategy: steps\nsave_steps: 2\nmethod: cpo\nnum_processes: 2\nmain_process_port: 0\n"
+        "max_steps: 3\nper_device_train_batch_size: 4\nreport_to: none\nuse_cpu: true\n"
+        "save_strategy: steps\nsave_steps: 1\nmethod: cpo\nlearning_rate: 1.0e-4\n"
     )
-    command = [sys.executable, "-m", "prefopt.cli.main", "train", str(tmp_path / "run.yaml"), "--use_cpu"]
+    run = ["train", str(tmp_path / "run.yaml"), "--output_dir"]
+    start_world(1, tmp_path, run_command, [*run, str(tmp_path / "alone"), "--num_processes", "1"]).finish()
+    shutil.copytree(tmp_path / "alone" / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
+    more = ["--num_processes", "2", "--main_process_port", "0", "--per_device_train_batch_size", "2"]
+    more += ["--resume_from_checkpoint", "true"]
+    command = [sys.executable, "-m", "prefopt.cli.main", *run, str(tmp_path / "out"), *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [*command, "--resume_from_checkpoint", "true"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-8000:]
-    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["epoch"] == 1.0  # two steps of two pairs on each of two ranks are the eight rows
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1.5  # three steps of two pairs on each of two ranks are twelve of eight rows
+    # the second rank's random numbers: not where one process was, but after it
+    assert [(tmp_path / "out" / f"checkpoint-{step}" / "rng_1.json").exists() for step in (1, 3)] == [False, True]
+    ours, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "alone"))
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    vector, expected, before = (torch.cat([part.flatten() for part in w.values()]) for w in (ours, alone, start))
+    assert (vector - expected).norm() <= TOLERANCE * expected.norm()
+    assert (before - expected).norm() > 100 * TOLERANCE * expected.norm()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +115,18 @@ def test_options_of_the_loader_and_the_cache_reach_them(tmp_path: Path, monkeypa
     assert loader.multiprocessing_context.get_start_method() == "fork"
     run.train()
     assert len(cleared) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("options", [{}, {"layout": "padded"}, {"data_collator": "given"}], ids=str)
+def test_workers_may_be_started_anew(options: dict[str, Any], stream: bool, tmp_path: Path) -> None:
+    """Where processes are not forked (macOS, Windows, Python 3.14), what a worker computes reaches it as a pickle."""
+    if options.get("data_collator"):
+        options = {"data_collator": DataCollatorForPreference(pad_token_id=2)}
+    rows = dataset(8)
+    run = trainer(tmp_path, rows=rows.to_iterable_dataset() if stream else rows, **options)
+    steps = run.get_train_dataloader().dataset
+    sent = pickle.loads(pickle.dumps(steps))
+    ours, theirs = (next(iter(s)) if stream else s.__getitems__([0, 1, 2, 3]) for s in (steps, sent))
+    for name, column in ours.micro_batches[0].model_inputs.items():
+        assert torch.equal(column, theirs.micro_batches[0].model_inputs[name])

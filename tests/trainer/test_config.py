@@ -55,7 +55,7 @@ def test_parameters_stand_in_trls_order(config):
 def test_what_one_trainer_has_the_others_have(config):
     shared = {"truncation_mode", "padding_free", "pad_to_multiple_of", "activation_offloading", "router_aux_loss_coef"}
     shared |= {"loss_weights", "use_weighting", "ld_alpha", "layout", "on_bad_row", "on_nonfinite"}
-    shared |= {"full_logits_for_metrics", "tokens_per_batch"}
+    shared |= {"full_logits_for_metrics", "tokens_per_batch", "allow_changes", "image_roots"}
     assert shared <= {spec.name for spec in dataclasses.fields(config)}
 
 

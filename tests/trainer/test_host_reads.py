@@ -28,8 +28,8 @@ READS = {
     "bincount",
 }
 """Operators whose result, or its size, the host must know before it goes on."""
-CPU_CODE = "scoring/head/torch_rows.py"
-"""Runs on a CPU in place of the CUDA kernel, and may look at values, which costs nothing there."""
+CPU_CODE = ("scoring/head/torch_rows.py", "trainer/loader.py")
+"""Runs on a CPU in place of the CUDA kernel, or makes batches on the host: may look at values, which costs nothing."""
 COPIES = ("tolist", "numpy", "__array__", "cpu")
 """Methods of tensors that copy to the host."""
 
@@ -48,10 +48,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def called_by(file: str) -> bool:
+def called_by(files: tuple[str, ...]) -> bool:
     frame = sys._getframe()
     while (frame := frame.f_back) is not None:
-        if frame.f_code.co_filename.endswith(file):
+        if frame.f_code.co_filename.endswith(files):
             return True
     return False
 
@@ -72,17 +72,15 @@ def counted_copies(monkeypatch: pytest.MonkeyPatch, count: Counter[str]) -> Iter
 
 
 class PerStep(TrainerCallback):
-    """What was counted in each step, from its first micro-batch until the optimizer has moved."""
+    """What was counted in each step, from its first micro-batch until the next step begins."""
 
     def __init__(self) -> None:
         self.reads = HostReads()
         self.steps: list[Counter[str]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reads.count.clear()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps.append(Counter(self.reads.count))
+        self.reads.count.clear()
 
 
 def reads(folder: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, **options: Any) -> Counter[str]:
@@ -92,7 +90,7 @@ def reads(folder: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, **op
         folder,
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=2,
-        max_steps=3,
+        max_steps=4,
         logging_steps=100,
         callbacks=[steps],
         use_cpu=True,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import trainer, weights
 
-from prefopt.trainer.nonfinite import NonFiniteStepError
+from prefopt.trainer.guards.nonfinite import NonFiniteStepError
 
 
 def poisoned(run, at_step: int):

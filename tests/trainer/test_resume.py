@@ -1,4 +1,7 @@
-"""A run that was interrupted and resumed is the run that was not: weights and every logged row."""
+"""A run that was interrupted and resumed is the run that was not: weights and every logged row.
+
+Here with what has a state of its own; every method, layout and kind of data is in `reliability/test_exact_resume.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,10 @@ from prefopt.reference import ModelReference
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "count": 12}
 """Three steps an epoch: what the reference gave in the first is looked up in the others."""
 CASES = {
-    "dpo": ("dpo", {}),
-    "dpo-stream": ("dpo", {"stream": True}),
-    "dpo-workers": ("dpo", {"dataloader_num_workers": 1}),
     "simpo-accumulating": (
         "cpo",
         {"loss_type": "simpo", "cpo_alpha": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ),
-    "tpo": ("tpo", {}),
-    "dpo-lora": ("dpo", {"lora": True}),
     "tr-dpo": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
     "tr-dpo-lora": ("dpo", {"lora": True, "sync_ref_model": True, "ref_model_sync_steps": 2}),
     "bco-shift": ("dpo", {"loss_type": "bco_pair", "bco_shift": True}),

@@ -127,7 +127,7 @@ def test_who_has_the_largest_of_one_round_gets_the_smallest_of_the_next() -> Non
     lengths = GroupLengths(np.array([10, 30, 20, 40]) - 2, np.zeros((4, 2), int), np.ones((4, 2), int))
     budget = TokenBudget(40, "shared_prompt", PAIR)
     shares = [[*Geometry(2, 1, 2, rank, budget).shares(4, lengths)] for rank in range(2)]
-    assert shares == [[([3], 1.0), ([0], 1.0)], [([1], 1.0), ([2], 1.0)]]
+    assert shares == [[([3], 1.0, 1), ([0], 1.0, 1)], [([1], 1.0, 1), ([2], 1.0, 1)]]
 
 
 def test_a_sampler_by_length_sorts_whole_steps(tmp_path: Path) -> None:
@@ -230,7 +230,8 @@ def test_a_budget_is_a_positive_whole_number(config: Any, value: Any) -> None:
     ("options", "part"),
     [
         ({"tokens_per_batch": 1023}, "tokens_per_batch=1023 is below max_length=1024"),
-        ({"tokens_per_batch": 4096, "auto_find_batch_size": True}, "auto_find_batch_size=True makes the step smaller"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True acts only where ranks divide the model"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter=True has no effect"),
     ],
 )
 def test_what_a_user_may_not_expect_gets_a_warning(options: dict, part: str) -> None:

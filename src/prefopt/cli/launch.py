@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
+from prefopt.cli.run_file import nearest, read_yaml
 
-from prefopt.cli.run_file import nearest
-
-__all__ = ["LAUNCHED", "LaunchPlan", "accelerate_config_path", "launch", "plan_launch"]
+__all__ = ["LAUNCHED", "LaunchPlan", "accelerate_config_path", "launch", "leave", "plan_launch"]
 
 LAUNCHED = "PREFOPT_LAUNCHED"
 """Environment variable of a process that was launched already."""
@@ -47,9 +47,10 @@ def plan_launch(method: str, arguments: Sequence[str], rest: Sequence[str]) -> L
     if config is None and flags in ([], ["--num_processes", "1"]):
         return None
     path = accelerate_config_path(config) if config is not None else _default_config(flags)
-    env = {LAUNCHED: "1"}
+    arguments, token = _without_token(arguments)
+    env = {LAUNCHED: "1", **({"HF_TOKEN": token} if token else {})}
     if path is not None:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings, _ = read_yaml(path)
         flags = ["--config_file", str(path), *flags]
         if settings.get("use_cpu"):
             env["ACCELERATE_USE_CPU"] = "true"
@@ -63,6 +64,26 @@ def launch(plan: LaunchPlan) -> NoReturn:
     """Replaces this process by the launcher."""
     sys.stdout.flush()
     os.execve(plan.command[0], list(plan.command), {**os.environ, **plan.env})
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; as one of several ranks, without the interpreter's own end.
+
+    A thread of gloo that lets go of its last tensor while the interpreter of Python 3.11 is taken down ends the process
+    with an abort, after a run in which all went well. What has to happen at the end happens here before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def accelerate_config_path(name: str) -> Path:
@@ -93,6 +114,19 @@ def _without_accelerate_config(rest: Sequence[str]) -> tuple[list[str], str | No
         if not config:
             raise ValueError("--accelerate_config wants the name of a shipped config or the path of a file")
     return flags, config
+
+
+def _without_token(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The arguments without the Hub's token, and that: command lines are seen by all users and shown by launchers."""
+    rest: list[str] = []
+    token, items = None, iter(arguments)
+    for item in items:
+        name, equals, value = item.partition("=")
+        if name in ("--hub_token", "--hub-token"):
+            token = value if equals else next(items, None)
+        else:
+            rest.append(item)
+    return rest, token
 
 
 def _check_flags(flags: Sequence[str]) -> None:

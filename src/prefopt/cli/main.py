@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 
 from prefopt.cli.usage import COMMANDS, METHODS, method_usage, usage
+from prefopt.terminal import harmless
 
 __all__ = ["main"]
 
@@ -18,8 +21,9 @@ when it first allocates."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for a mistake in what the user gave."""
+    """Runs one command; returns the exit status: 0, 2 for a mistake in what the user gave, 128 + N after signal N."""
     os.environ.setdefault(LARGE_PAGES, "1")
+    sys.excepthook = _show_failure
     command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in HELP_FLAGS | {"--help-all"}:
         print(usage())
@@ -32,8 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("PREFOPT_TRACEBACK"):
             raise
-        print(f"prefopt: {error}", file=sys.stderr)
+        print(_shown(f"prefopt: {error}"), file=sys.stderr)
         return 2
+
+
+def _shown(text: str) -> str:
+    """A message without the secrets of this process, and with nothing that a terminal would obey."""
+    from prefopt.trainer.saving.masking import without_known_secrets
+
+    return harmless(without_known_secrets(text))
+
+
+def _show_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error that nobody caught, as Python shows it."""
+    sys.stderr.write(_shown("".join(traceback.format_exception(kind, error, trace))))
 
 
 class UserError(Exception):
@@ -47,6 +63,8 @@ def _users_mistakes() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
+    except RecursionError as error:
+        raise UserError(f"a value is nested too deep ({error})") from error
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -107,9 +125,16 @@ def _train(method: str, arguments: list[str]) -> int:
         launch(plan)
     with _users_mistakes():
         trainer = make_trainer(method, *configs)
-    train(trainer, configs[0])
+    from prefopt.trainer.ending.signals import InterruptedRun, TerminatedRun
+
+    try:
+        train(trainer, configs[0])
+    except (InterruptedRun, TerminatedRun) as stopped:  # the run has said what is to be said
+        return 128 + stopped.signal
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from prefopt.cli.launch import leave
+
+    leave(main())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import prefopt
 from prefopt.cli.model_config import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from prefopt.cli.parser import PrefParser
 from prefopt.data import DatasetMixtureConfig, get_dataset, load_source
+from prefopt.terminal import harmless
 from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.saving.masking import without_known_secrets
 from prefopt.trainer.versions import end_run
 
 __all__ = ["load_data", "main", "make_parser", "make_trainer", "train"]
@@ -52,6 +55,7 @@ def make_trainer(
         missing.append("dataset_name: name the data, a file, a folder or a Hub name (or datasets: in YAML)")
     if missing:
         raise ValueError("\n".join(missing))
+    training.image_roots = training.image_roots or image_roots(script, mixture) or None
     train_dataset, eval_dataset = load_data(script, mixture, with_eval=training.eval_strategy != "no")
     training.model_init_kwargs = model_options(model, training)
     trainer = getattr(prefopt, f"{method.upper()}Trainer")(
@@ -70,9 +74,18 @@ def make_trainer(
     return trainer
 
 
+class HarmlessFormatter(logging.Formatter):
+    """Lines without secrets, and with nothing that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(without_known_secrets(super().format(record)))
+
+
 def show_log() -> None:
     """What the package says of a run (layout, context, rows) goes to the terminal; of several ranks one speaks."""
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("prefopt").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
@@ -104,6 +117,13 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig, *, with_ev
             "off, or eval_strategy: 'no'"
         )
     return sets[script.dataset_train_split], sets[script.dataset_test_split] if with_eval else None
+
+
+def image_roots(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """The folders of the data sets that are on this machine: where their images lie."""
+    names = [config.path for config in mixture.datasets] or [str(script.dataset_name)]
+    places = [Path(name).expanduser() for name in names]
+    return [str(place if place.is_dir() else place.parent) for place in places if place.exists()]
 
 
 def train(trainer: Any, script: ScriptArguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.utils.import_utils import is_peft_available
 
-from prefopt.reference.adapters import adapter_modules, adapter_parameters, is_peft
+from prefopt.reference.adapters import acts_at_the_start, adapter_modules, adapter_parameters, is_peft
 from prefopt.scoring.forward import innermost
 from prefopt.trainer.versions import chosen_checkpointing
 from prefopt.types import LossTerm, LossTerms
@@ -25,8 +26,11 @@ __all__ = [
     "ready_for_adapter",
     "refuse_frozen",
     "regularised",
+    "warn_of_acting",
     "wrap_with_adapter",
 ]
+
+logger = logging.getLogger(__name__)
 
 CACHES = ("PREFIX_TUNING", "CARTRIDGE")
 """PEFT's names for adapters that give every layer keys and values."""
@@ -58,6 +62,20 @@ def wrap_with_adapter(model: Any, peft_config: Any, args: Any) -> Any:
     with warnings.catch_warnings():  # peft 0.21 asks for checkpointing by the name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         return get_peft_model(model, peft_config)
+
+
+def warn_of_acting(model: Any, peft_config: Any) -> None:
+    """A new adapter that is no identity makes another model of what it was put on, or is a part of it."""
+    if acts_at_the_start(model):
+        logger.warning(
+            "The new adapter (%s%s) is no identity before the first step: the model without it is another one. A "
+            "reference that is taken from the policy is the model with the adapter as it begins, so the first margins "
+            "are zero; a `ref_model` of yours is not.",
+            peft_config.peft_type.value,
+            f", init_lora_weights={made!r}"
+            if (made := getattr(peft_config, "init_lora_weights", None)) is not None
+            else "",
+        )
 
 
 def ready_for_adapter(model: Any) -> Any:

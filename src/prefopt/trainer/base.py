@@ -2,7 +2,8 @@
 
 Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks, checkpoints) is
 transformers' and accelerate's. The hooks that are overridden, here and in the classes below (`StepTrainer`,
-`EvaluatingTrainer`, `MovingTrainer`, `RememberingTrainer`, `LoadingTrainer`, `PreparingTrainer`, `SearchingTrainer`):
+`EvaluatingTrainer`, `MovingTrainer`, `RememberingTrainer`, `LoadingTrainer`, `PreparingTrainer`, `SearchingTrainer`,
+`RecordingTrainer`):
 
 ====================================== ==========================================================================
 hook                                   why
@@ -16,8 +17,11 @@ hook                                   why
 ``evaluation_loop``                    exact sums over rows instead of means of batch means
 ``train``, ``evaluate``, ``predict``   the model understands packed rows meanwhile; raw data sets are taken
 ``log``, ``_save/_load_optimizer_..``  the metric sums, also over a resume
+``_maybe_log_save_..``, ``_evaluate``  a signal saves and stops; what was left of a step is taken up by the resumed run
+``_save_checkpoint``, ``save_model``   whole or not at all; ``train`` goes on from the newest good one
+``_finalize_training``                 the best checkpoint is looked at before it is loaded
 ``_save``, ``create_model_card``       the user's arguments and a card with every checkpoint
-``_load_from_checkpoint``, ``_best..`` all adapters are read back, whatever they are called; none is switched
+``_load_from_checkpoint``, ``_best..`` safetensors alone; all adapters, whatever they are called; none is switched
 ``call_model_init``                    an adapter and a fresh reference for each trial
 ``hyperparameter_search``, its setup   what a trial suggests of the loss acts; one metric is the objective
 ====================================== ==========================================================================
@@ -36,20 +40,20 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prefopt.reference import Precomputed, ReferencePolicy, make_reference
-from prefopt.reference.adapters import is_peft
 from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.forward import innermost, install
-from prefopt.trainer.adapter_files import load_adapter_weights
 from prefopt.trainer.adapters import (
     AllocateRanks,
     check_adapter,
     keep_differentiable,
     refuse_frozen,
+    warn_of_acting,
     wrap_with_adapter,
 )
 from prefopt.trainer.callbacks import updates_reference
 from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.ending.recording import RecordingTrainer
 from prefopt.trainer.evaluation import check_best_metric
 from prefopt.trainer.kernels import apply_layer_kernels, check_kernels, settle_layer_kernels
 from prefopt.trainer.loading import EvalSets
@@ -59,10 +63,10 @@ from prefopt.trainer.offloading import offloaded, stream_copies
 from prefopt.trainer.remembering import KeepReference
 from prefopt.trainer.rows import custom_collator, prepare_options
 from prefopt.trainer.sampling import add_sampling
-from prefopt.trainer.search import SearchingTrainer
 from prefopt.trainer.setup import (
     aux_weight,
     check_kind,
+    check_output_dir,
     disable_dropout,
     load_config,
     load_model,
@@ -76,7 +80,7 @@ __all__ = ["PreferenceTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(SearchingTrainer):
+class PreferenceTrainer(RecordingTrainer):
     """Trains a model on preference data; a subclass names its method and config, and may order the arguments.
 
     Args:
@@ -122,11 +126,12 @@ class PreferenceTrainer(SearchingTrainer):
     ) -> None:
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
+        check_output_dir(str(args.output_dir))
         check_kernels(model, args)
         settle_layer_kernels(args)
         use_one_device(args)
         self.preference, self.preference_options = args.objective(), deepcopy(args._objective_options())
-        self.given_reference, self.peft_config = ref_model, peft_config
+        self.given_reference, self.given_optimizers, self.peft_config = ref_model, optimizers, peft_config
         self.reference_updates = updates_reference(args, callbacks)
         processing_class = load_processing_class(processing_class or tokenizer, model, args)
         config = load_config(model, args)
@@ -172,6 +177,7 @@ class PreferenceTrainer(SearchingTrainer):
         self.came_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.peft_config is not None:
             model = wrap_with_adapter(model, self.peft_config, args)
+            warn_of_acting(model, self.peft_config)
         check_adapter(model, args)
         keep_differentiable(model)
         if args.disable_dropout:
@@ -246,28 +252,11 @@ class PreferenceTrainer(SearchingTrainer):
         sets = self.prepared_sets(eval_dataset)
         metrics = super().evaluate(sets, ignore_keys, metric_key_prefix)
         if self.sampling is not None:
+            self.leave_if_asked()
             self.sampling.sample_evaluated(sets, metric_key_prefix)
         return metrics
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    @property
-    def has_whole_adapters(self) -> bool:
-        """Whether the policy's adapters lie on this rank as a whole, so that they are read and written by name."""
-        return is_peft(self.model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.has_whole_adapters:
-            load_adapter_weights(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self.has_whole_adapters:
-            load_adapter_weights(self.model, str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
-        self.load_best_reference()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write ``README.md`` to the run's folder: method, data, versions, options and metrics."""

@@ -1,9 +1,13 @@
-"""From prepared rows to batches and loaders: what the trainer's data hooks call."""
+"""From prepared rows to batches and loaders: what the trainer's data hooks call.
+
+What makes a batch can be pickled, since workers that are not forked are sent it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +18,7 @@ from prefopt.batching import collated_batch, encoder_decoder_batch, pack_batch, 
 from prefopt.batching.images import VisionInputs
 from prefopt.batching.layout import pair_values
 from prefopt.data import tokenized_example
+from prefopt.trainer.ending.signals import heed_only_the_run
 from prefopt.trainer.loader import Collate, Row
 from prefopt.types import Branch, PreferenceBatch
 
@@ -32,34 +37,46 @@ def collate_into(
     pad_to_multiple_of: int | None,
 ) -> Collate:
     """Rows -> batch in one of prefopt's layouts."""
+    padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
+    return partial(laid_out, layout=layout, branches=branches, vision=vision, padding=padding)
 
-    def collate(rows: Sequence[Row], weight: float) -> PreferenceBatch:
-        examples = [tokenized_example(row, branches) for row in rows]
-        if layout == "shared_prompt":
-            return share_batch(examples, branches, vision, weight=weight)
-        if layout == "packed":
-            return pack_batch(examples, branches, vision, weight=weight)
-        options: Any = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of, "weight": weight}
-        if layout == "encoder_decoder":
-            return encoder_decoder_batch(examples, branches, **options)
-        return pad_batch(examples, branches, vision, **options)
 
-    return collate
+def laid_out(
+    rows: Sequence[Row],
+    weight: float,
+    *,
+    layout: str,
+    branches: Sequence[Branch],
+    vision: VisionInputs | None,
+    padding: Mapping[str, Any],
+) -> PreferenceBatch:
+    """The batch of `collate_into`."""
+    examples = [tokenized_example(row, branches) for row in rows]
+    if layout == "shared_prompt":
+        return share_batch(examples, branches, vision, weight=weight)
+    if layout == "packed":
+        return pack_batch(examples, branches, vision, weight=weight)
+    if layout == "encoder_decoder":
+        return encoder_decoder_batch(examples, branches, **padding, weight=weight)
+    return pad_batch(examples, branches, vision, **padding, weight=weight)
 
 
 def collate_with(data_collator: Callable[[list[Any]], Any], branches: Sequence[Branch]) -> Collate:
     """Rows -> batch through a collator that the user gave; what the loss takes of a row does not go through it."""
+    return partial(collated, data_collator=data_collator, branches=branches)
 
-    def collate(rows: Sequence[Row], weight: float) -> PreferenceBatch:
-        numbers = [int(row.get("row", -1)) for row in rows]
-        batch = collated_batch(data_collator([dict(row) for row in rows]), branches, numbers, weight=weight)
-        return replace(
-            batch,
-            row_weights=pair_values([row.get("weight") for row in rows], missing=1.0),
-            target_margins=pair_values([row.get("margin") for row in rows], missing=0.0),
-        )
 
-    return collate
+def collated(
+    rows: Sequence[Row], weight: float, *, data_collator: Callable[[list[Any]], Any], branches: Sequence[Branch]
+) -> PreferenceBatch:
+    """The batch of `collate_with`."""
+    numbers = [int(row.get("row", -1)) for row in rows]
+    batch = collated_batch(data_collator([dict(row) for row in rows]), branches, numbers, weight=weight)
+    return replace(
+        batch,
+        row_weights=pair_values([row.get("weight") for row in rows], missing=1.0),
+        target_margins=pair_values([row.get("margin") for row in rows], missing=0.0),
+    )
 
 
 def trial_row(rows: Any) -> Row | None:
@@ -104,4 +121,5 @@ def loader_options(args: Any) -> dict[str, Any]:
         "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
         "multiprocessing_context": args.dataloader_multiprocessing_context if workers else None,
         "in_order": args.dataloader_in_order,
+        "worker_init_fn": heed_only_the_run if workers else None,
     }

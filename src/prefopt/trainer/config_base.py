@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from transformers import TrainingArguments
 
 from prefopt.trainer.config_help import option
-from prefopt.trainer.config_rules import (
-    budget_warnings,
-    metrics_mistakes,
-    parse_json_options,
-    rule_mistakes,
-)
+from prefopt.trainer.config_rules import budget_warnings, metrics_mistakes, parse_json_options, rule_mistakes
 from prefopt.trainer.given import Given, fresh_names
 from prefopt.trainer.kernels import kernel_warnings
 from prefopt.trainer.precision import resolve_precision
+from prefopt.trainer.saving.masking import without_secrets
 from prefopt.trainer.versions import CHECKPOINTING_NAMES, unify_checkpointing
 
 if TYPE_CHECKING:
@@ -69,7 +65,9 @@ class PreferenceConfig(TrainingArguments):
     num_completions: int = option("num_completions", 2, kw_only=True)
     ranking: str = option("ranking", "all_pairs", choices=("all_pairs", "plackett_luce"), kw_only=True)
     on_bad_row: str = option("on_bad_row", "skip", choices=("skip", "error"), kw_only=True)
+    image_roots: list[str] | None = option("image_roots", None, kw_only=True)
     on_nonfinite: str = option("on_nonfinite", "stop", choices=("stop", "skip"), kw_only=True)
+    allow_changes: bool = option("allow_changes", False, kw_only=True)
     full_logits_for_metrics: bool = option("full_logits_for_metrics", False, kw_only=True)
     num_eval_samples: int = option("num_eval_samples", 4, kw_only=True)
     eval_sample_tokens: int | None = option("eval_sample_tokens", None, kw_only=True)
@@ -167,14 +165,19 @@ class PreferenceConfig(TrainingArguments):
         return build_objective(self.METHOD, **self._objective_options())
 
     def to_dict(self) -> dict[str, Any]:
-        """The options by name, JSON-ready; the config itself stays as it is. Secrets are masked, as in transformers."""
+        """The options by name, JSON-ready; the config itself stays as it is. Secrets are masked, at every depth."""
         plain = copy.copy(self)
         plain.model_init_kwargs = copy.deepcopy(self.model_init_kwargs)  # transformers rewrites nested values in place
         values = super(PreferenceConfig, plain).to_dict()
         if "pad_token" in values:
             values["pad_token"] = getattr(self, "pad_token", None)  # masked by transformers for its name's sake
         values["user_set"] = list(self.user_set or ())
-        return values
+        return {name: without_secrets(value, name.removesuffix("_token")) for name, value in values.items()}
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __repr__ = __str__
 
     def _objective_options(self) -> dict[str, Any]:
         """Keyword arguments of ``build_objective``, under the core's names."""
@@ -250,6 +253,8 @@ class PreferenceConfig(TrainingArguments):
         for name in () if self.generate_during_eval else ("num_eval_samples", "eval_sample_tokens"):
             if self.was_set(name):
                 found.append(f"{name}={getattr(self, name)} has no effect without generate_during_eval=True")
+        if self.logging_nan_inf_filter:
+            found.append("logging_nan_inf_filter=True has no effect: a NaN is shown as NaN; see on_nonfinite")
         if self.label_smoothing_factor:
             found.append(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "

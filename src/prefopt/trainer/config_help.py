@@ -11,7 +11,7 @@ HELP = {
     # Changed defaults of transformers.
     "learning_rate": "Initial learning rate of the optimizer.",
     "logging_steps": "Optimizer steps between two log lines; below 1: a share of all steps.",
-    "logging_nan_inf_filter": "Hide NaN and infinite losses from the log. It costs a synchronisation per micro-batch.",
+    "logging_nan_inf_filter": "No effect: a NaN is shown as NaN, see on_nonfinite.",
     "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time. Unset: only where "
     "the largest micro-batch would not fit otherwise.",
     "bf16": "Mixed precision in bfloat16. Unset: on where the hardware has it and fp16 is not set, else float32.",
@@ -37,6 +37,8 @@ HELP = {
     "pad_token": "Deprecated: set the tokenizer's pad_token and pass it as processing_class.",
     "num_completions": "Most completions that a row ranks, in its column completions; 2: pairs.",
     "on_bad_row": "What a row with nothing to learn does: it is skipped and counted, or it stops the run.",
+    "image_roots": "Folders, and beginnings of URLs, within which images must lie that the data name by path or URL. "
+    "Unset: the folder of the data set given on the command line, else the working directory.",
     # Batches.
     "padding_free": "Batches without padding: the same as layout=packed.",
     "pad_to_multiple_of": "Pad the padded layout to a multiple of this many tokens. auto: 128 on Neuron, else nothing.",
@@ -75,8 +77,10 @@ HELP = {
     "every evaluation and after training; for the log, the trackers and samples.jsonl.",
     "num_eval_samples": "How many prompts generate_during_eval completes of each evaluation set.",
     "eval_sample_tokens": "Longest completion of generate_during_eval; unset: max_completion_length, or 128.",
-    "on_nonfinite": "What a step with a NaN or infinite gradient does: it stops the run before the update, or it is "
-    "left out with a warning.",
+    "on_nonfinite": "What a step with a NaN or infinite loss or gradient does: it stops the run before the update, or "
+    "it is left out with a warning; ten in a row stop it too.",
+    "allow_changes": "Resume although options, data, model or reference are not those of the checkpoint's run: what "
+    "differs is said, and the new values act.",
     "full_logits_for_metrics": "Give compute_metrics the full logits too; they take much memory.",
     # The model of a command line, and its adapter.
     "model_name_or_path": "Folder or Hub name of the model to train.",

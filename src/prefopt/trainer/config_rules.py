@@ -148,19 +148,17 @@ def metrics_mistakes(config: Any) -> list[str]:
 
 
 def budget_warnings(config: Any) -> list[str]:
-    """What a budget of tokens per micro-batch does that its user may not expect."""
+    """What options about the size of micro-batches do that their user may not expect."""
     budget, found = config.tokens_per_batch, []
-    if budget is None:
-        return found
-    if config.max_length is not None and budget < config.max_length:
+    if budget is not None and config.max_length is not None and budget < config.max_length:
         found.append(
             f"tokens_per_batch={budget} is below max_length={config.max_length}: a pair with so long a sequence does "
             "not fit and is a micro-batch of its own, above the budget"
         )
     if config.auto_find_batch_size:
         found.append(
-            f"auto_find_batch_size=True makes the step smaller, not the micro-batches of tokens_per_batch={budget}; "
-            "lower tokens_per_batch where memory runs out"
+            "auto_find_batch_size=True acts only where ranks divide the model (FSDP, DeepSpeed), and makes the step "
+            "smaller; elsewhere micro-batches become smaller by themselves where memory runs out, and the step stays"
         )
     return found
 

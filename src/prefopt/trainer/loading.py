@@ -157,6 +157,10 @@ class LoadingTrainer(RememberingTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]
         )
 
+    def new_collate(self, *, padded: bool = False) -> Collate:
+        """`collate`, with the keys of rows where they are looked up."""
+        return self.with_keys(self.collate(padded=padded))
+
     @property
     def padded_layout(self) -> str:
         """The layout whose logits have a row for each completion."""
@@ -187,7 +191,7 @@ class LoadingTrainer(RememberingTrainer):
             lengths=functools.cache(lambda: lengths_of_set(rows, self.preference.branches).totals.tolist()),
         )
         drop_last = args.dataloader_drop_last
-        collate = self.with_keys(self.collate())
+        collate = self.new_collate()
         options = {"order": order, "drop_last": drop_last, "check": check, **loader_options(args)}
         return make_loader(rows, collate, geometry, **options)
 
@@ -204,7 +208,7 @@ class LoadingTrainer(RememberingTrainer):
         check = self.check_images(rows)
         padded = self.wants_logits
         geometry = self.geometry(self.args.eval_batch_size, padded=padded)
-        collate = self.with_keys(self.collate(padded=padded))
+        collate = self.new_collate(padded=padded)
         return make_loader(self.precomputed(rows), collate, geometry, check=check, **loader_options(self.args))
 
     def check_images(self, rows: Any) -> Check | None:
@@ -243,6 +247,8 @@ class LoadingTrainer(RememberingTrainer):
                 self.geometry(per_device),
                 self.accelerator,
                 loader_options(args),
+                self.is_left,
+                self.in_fitting_batches,
             )
         if isinstance(remembered.source, SeparateModel):
             remembered.source.to("cpu")  # its work is done until a set comes that was not scored

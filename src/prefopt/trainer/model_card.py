@@ -14,7 +14,9 @@ from huggingface_hub import ModelCardData
 
 from prefopt.reference.adapters import is_peft
 from prefopt.scoring.forward import innermost
+from prefopt.terminal import harmless
 from prefopt.trainer.citations import Paper, cited_papers
+from prefopt.trainer.saving.masking import without_secrets
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -193,7 +195,7 @@ def citation(papers: Sequence[Paper]) -> str:
 
 def code(text: str) -> str:
     """``text`` as a code span on one line, whatever is in it."""
-    text = " ".join(text.split())
+    text = harmless(" ".join(without_secrets(text).split()))
     runs = [len(run) for run in re.findall(r"`+", text)]
     fence = "`" * (max(runs, default=0) + 1)
     space = " " if runs else ""

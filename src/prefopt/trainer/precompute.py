@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from prefopt.reference import (
@@ -15,9 +16,11 @@ from prefopt.reference import (
     row_keys,
     with_reference_logps,
 )
+from prefopt.trainer.ending.interrupting import LeftEarly
 from prefopt.trainer.geometry import Geometry
 from prefopt.trainer.loader import Collate, make_loader
 from prefopt.trainer.remembering import exchange, with_keys
+from prefopt.types import OptimizerStep
 
 __all__ = ["with_precomputed_logps"]
 
@@ -31,6 +34,8 @@ def with_precomputed_logps(
     geometry: Geometry,
     accelerator: Any,
     options: dict[str, Any],
+    stopping: Callable[[], bool],
+    in_fitting_batches: Callable[..., None],
 ) -> Any:
     """The prepared set with the columns ``ref_chosen_logps`` and ``ref_rejected_logps``.
 
@@ -41,9 +46,12 @@ def with_precomputed_logps(
         geometry: of the pass; ranks share the work and exchange what they computed.
         accelerator: for devices, precision and ranks.
         options: of the loader.
+        stopping: whether the run is to stop, on all ranks; asked before each batch.
+        in_fitting_batches: computes a step, in smaller micro-batches where memory runs out; of `RetryingTrainer`.
 
     Raises:
         ValueError: a log-prob is not finite; names the row.
+        LeftEarly: the run is to stop; what was scored is in the cache.
     """
     if "ref_chosen_logps" in dataset.column_names:
         return dataset
@@ -52,13 +60,23 @@ def with_precomputed_logps(
     agree(cache, keys)
     todo = missing_rows(cache, keys)
     logger.info("Reference log-probs: %d of %d rows are to be computed.", len(todo), len(keys))
+
+    def score(step: OptimizerStep) -> None:
+        for batch in step.to(accelerator.device).micro_batches:
+            with accelerator.autocast():
+                remembered(batch)
+
     if todo:
-        for step in make_loader(dataset.select(todo), with_keys(collate, ld_alpha=ld_alpha), geometry, **options):
-            for batch in step.to(accelerator.device).micro_batches:
-                with accelerator.autocast():
-                    remembered(batch)
+        stopped, keyed = False, with_keys(collate, ld_alpha=ld_alpha)
+        own = torch.Generator()  # or the run's random numbers would depend on whether there is something to score
+        for step in make_loader(dataset.select(todo), keyed, geometry, generator=own, **options):
+            if stopped := stopping():
+                break
+            in_fitting_batches(score, "the reference's pass over the data", step, lambda: keyed)
         if complaint := exchange(remembered, writes=accelerator.is_local_main_process):
             raise ValueError(complaint)
+        if stopped:
+            raise LeftEarly
     return with_reference_logps(dataset, keys, cache)
 
 

@@ -32,6 +32,7 @@ from prefopt.trainer.compile import compile_layers, compile_options
 from prefopt.trainer.loading import PADDING_LAYOUTS, LoadingTrainer
 from prefopt.trainer.memory import ActivationModel, BatchSize, MemoryEstimate, free_bytes, largest_batch, training_bytes
 from prefopt.trainer.offloading import stream_copies
+from prefopt.trainer.sharding import release
 from prefopt.trainer.trials import Trials, run_trials
 from prefopt.trainer.versions import (
     chosen_checkpointing,
@@ -100,7 +101,9 @@ class PreparingTrainer(LoadingTrainer):
             self.decide_checkpointing("the model is sharded" if sharded else self.why_no_estimate(), trials)
         if self.args.world_size > 1 and not sharded:
             self.decide_search(trials)
+            self.decide_buffers()
         self.compile_layers(self.model)
+        release(self.model)
         with nullcontext() if sharded else own_optimizer_and_scheduler(self, max_steps):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:  # transformers 4 called it then too, and subclasses still build on that
@@ -187,6 +190,16 @@ class PreparingTrainer(LoadingTrainer):
         if self.args.ddp_find_unused_parameters is None and may_miss:
             always_used = trials().reaches_all and not routed_apart(self.model)
             self.accelerator.ddp_handler.find_unused_parameters = not self.least(always_used)
+
+    def decide_buffers(self) -> None:
+        """DDP sends all ranks the main one's buffers at the head of a step, only if training changes some.
+
+        Tables that are computed once are not saved with a model. A rank that has no memory left may leave its attempt
+        before that pass, and the others would wait for it.
+        """
+        if self.args.ddp_broadcast_buffers is None:
+            buffers = {name for name, _ in self.model.named_buffers()}
+            self.accelerator.ddp_handler.broadcast_buffers = not buffers.isdisjoint(self.model.state_dict())
 
     def trials(self) -> Trials:
         """The pair with the most tokens (of a stream an early one), of those with images if there are any; cut short

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -136,21 +136,28 @@ class KeepReference(TrainerCallback):
 
 def with_keys(collate: Collate, *, ld_alpha: float | None) -> Collate:
     """``collate`` with the key of each pair in the batch, unless their log-probs come with the rows."""
-    has_keys = True
+    return WithKeys(collate, ld_alpha)
 
-    def keyed(rows: Sequence[Row], weight: float) -> PreferenceBatch:
-        nonlocal has_keys
-        batch = collate(rows, weight)
-        if batch.ref_sum_logps is not None or not has_keys:
+
+@dataclass
+class WithKeys:
+    """See `with_keys`; an object, because a worker that is not forked is sent a pickle of it."""
+
+    collate: Collate
+    ld_alpha: float | None
+    has_keys: bool = True
+    """False once a row had none."""
+
+    def __call__(self, rows: Sequence[Row], weight: float) -> PreferenceBatch:
+        batch = self.collate(rows, weight)
+        if batch.ref_sum_logps is not None or not self.has_keys:
             return batch
         try:
-            return replace(batch, keys=tuple(row_keys(rows, ld_alpha=ld_alpha)))
+            return replace(batch, keys=tuple(row_keys(rows, ld_alpha=self.ld_alpha)))
         except TypeError as error:
             logger.warning("The reference is computed anew in every epoch. %s", error)
-            has_keys = False
+            self.has_keys = False
             return batch
-
-    return keyed
 
 
 def exchange(remembered: Remembered, *, writes: bool) -> str | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from prefopt.batching import DataCollatorForVisionPreference
 from prefopt.data import PrepareOptions
+from prefopt.data.image_roots import DEFAULT_ROOTS
 from prefopt.data.pair_numbers import PAIR_NUMBERS
 from prefopt.objective import Objective, losses_with_column, refused_columns
 from prefopt.trainer.config import PreferenceConfig
@@ -114,6 +115,7 @@ def prepare_options(
         num_proc=args.dataset_num_proc,
         on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
         max_completion_length=completion_limit(args, context) if apart else None,
+        image_roots=DEFAULT_ROOTS if args.image_roots is None else tuple(args.image_roots),
     )
 
 

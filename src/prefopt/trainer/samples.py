@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -25,6 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from prefopt.files import append_line
+from prefopt.terminal import harmless
+from prefopt.trainer.ending.record import keep_rows
 
 __all__ = ["FILE", "Sample", "SampleTable", "append_to_file", "drop_later_than", "send", "summary"]
 
@@ -74,7 +79,7 @@ def summary(table: SampleTable) -> str:
     lines = [f"samples of {table.name} at step {table.step}, the first of {len(table.samples)} (all in {FILE}):"]
     for column, value in first.items():
         if value is not None:
-            text = " ".join(value.split())
+            text = harmless(" ".join(value.split()))
             lines.append(f"  {column:<10} {text if len(text) <= LINE_WIDTH else text[: LINE_WIDTH - 2] + ' …'}")
     return "\n".join(lines)
 
@@ -86,18 +91,19 @@ def append_to_file(table: SampleTable, folder: str) -> None:
     """A line of JSON for each sample at the end of ``FILE``."""
     path = Path(folder, FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for row in table.rows:
-            file.write(json.dumps({"set": table.name, **row}, ensure_ascii=False) + "\n")
+    for row in table.rows:
+        append_line(path, json.dumps({"set": table.name, **row}, ensure_ascii=False))
 
 
-def drop_later_than(step: int, folder: str) -> None:
-    """Leave in ``FILE`` what a run that now begins at ``step`` had written when it was there; of a new run, nothing."""
-    path = Path(folder, FILE)
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+def drop_later_than(step: int, folder: str, *, again: bool = False) -> None:
+    """Leave in ``FILE`` what a run that now begins at ``step`` had written when it was there; of a new run, nothing.
+
+    Args:
+        step: 0 for a new run.
+        folder: of the run.
+        again: the evaluation of that step is made again.
+    """
+    keep_rows(Path(folder, FILE), lambda row: step > 0 and row["step"] <= step - again)
 
 
 # -- trackers ----------------------------------------------------------------------------------------------------------
@@ -160,4 +166,6 @@ def markdown(table: SampleTable) -> str:
 
 
 def cell(text: str) -> str:
-    return escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>")
+    """A text that Markdown and HTML show as it is: no link, image or tag in it is one."""
+    text = re.sub(r"[\\`*_~\[\]!|]|:(?=//)", lambda match: f"&#{ord(match[0])};", escape(text, quote=False))
+    return harmless(text).replace("\n", "<br>")

@@ -58,7 +58,7 @@ class SampleCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampled.clear()
         if state.is_world_process_zero:
-            drop_later_than(state.global_step, self.folder)
+            drop_later_than(state.global_step, self.folder, again=self.trainer.evaluates_again)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # by now the trackers have begun

@@ -24,6 +24,7 @@ OF_THE_CONSTRUCTOR = frozenset(
         "max_completion_length",
         "truncation_mode",
         "on_bad_row",
+        "image_roots",
         "layout",
         "padding_free",
         "pad_to_multiple_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from transformers import (
 
 from prefopt.scoring.encoder_decoder import is_encoder_decoder
 from prefopt.scoring.forward import balancing_loss
-from prefopt.trainer.adapter_files import base_of_adapter, with_saved_adapter
 from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.saving.adapter_files import base_of_adapter, with_saved_adapter
 
 __all__ = [
     "aux_weight",
     "check_kind",
+    "check_output_dir",
     "disable_dropout",
     "has_two_bodies",
     "load_config",
@@ -39,6 +41,17 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def check_output_dir(folder: str) -> None:
+    """Raises ValueError where a run could not write into ``folder``; it is not made yet."""
+    path = Path(folder)
+    above = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not above.is_dir():
+        kind = "a link to nothing" if above.is_symlink() else "a file"
+        raise ValueError(f"output_dir={folder!r}: {str(above)!r} is {kind}, not a folder; name another one.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir={folder!r}: {str(above)!r} may not be written to; name another folder.")
 
 
 def model_name(model: Any) -> str:

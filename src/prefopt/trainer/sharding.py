@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,17 +19,43 @@ from prefopt.scoring.capability import LayoutChoice
 from prefopt.scoring.forward import innermost, use_full_logits, uses_full_logits
 from prefopt.trainer.memory import free_bytes
 
-__all__ = ["gathered", "prepared_for_scoring", "tried_while_whole"]
+__all__ = ["gathered", "prepared_for_scoring", "release", "tried_while_whole"]
+
+ENGINES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""DeepSpeed's engines of models that only score."""
 
 
 def prepared_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """A model under the run's precision, without an optimizer, and divided where the run divides its models.
 
-    Accelerate's own preparation for evaluation leaves it whole on every rank under FSDP2.
+    Accelerate's own preparation for evaluation leaves it whole on every rank, under FSDP2 and ZeRO-3.
     """
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, model)
+    plugin: Any = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3:
+        return divided_for_scoring(accelerator, model)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def divided_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A model that ZeRO-3 divides among the ranks, in an engine of its own that has no optimizer; once."""
+    if model in ENGINES:
+        return model
+    import deepspeed  # type: ignore[import-not-found]
+
+    plugin: Any = accelerator.state.deepspeed_plugin
+    config = deepcopy(plugin.deepspeed_config)
+    settings = {name: value for name, value in config.items() if name not in ("optimizer", "scheduler")}
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    ENGINES[model] = engine
+    return model
+
+
+def release(model: nn.Module) -> None:
+    """End the engine that a model was scored with, before it is trained in another one."""
+    if (engine := ENGINES.pop(model, None)) is not None:
+        engine.destroy()
 
 
 def gathered(value: Any) -> Any:

@@ -14,6 +14,7 @@ __all__ = [
     "end_run",
     "own_optimizer_and_scheduler",
     "recomputing",
+    "saving_here",
     "set_checkpointing",
     "stop_checkpointing",
     "unify_checkpointing",
@@ -126,3 +127,20 @@ def end_run(trainer: Any) -> None:
     trainer.accelerator.wait_for_everyone()  # a rank that leaves while another saves takes its connections with it
     if hasattr(trainer, "end"):
         trainer.end()
+
+
+@contextmanager
+def saving_here(model: Any) -> Iterator[None]:
+    """``model.save_pretrained`` writes wherever it is told that it is the main process.
+
+    transformers 5 writes the weights on the first rank alone, so that with ``save_on_each_node`` the checkpoints of
+    other nodes have none. Can go when that is mended.
+    """
+    if not hasattr(model, "should_save_on_this_rank"):
+        yield
+        return
+    model.should_save_on_this_rank = bool
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank

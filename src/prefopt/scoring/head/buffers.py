@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer"]
+__all__ = ["Buffer", "release_buffers"]
 
 SMALL_BYTES = 1 << 20
 """Below this size the allocator does not ask the system."""
@@ -41,6 +41,11 @@ class Buffer:
             free.append(self.memory)
             free.sort(key=Tensor.numel)
             del free[:-MOST_KEPT]
+
+
+def release_buffers() -> None:
+    """Give the memory of all that wait back to the system."""
+    free.clear()
 
 
 def taken(num_bytes: int) -> Tensor:
