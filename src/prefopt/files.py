@@ -94,7 +94,10 @@ def rename(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> No
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make the names in a folder last, where the system can."""
     announce("sync", folder)
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(handle)
     except OSError as error:
@@ -114,8 +117,8 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
             sync_folder(path)
         else:
             announce("sync", path)
-            with open(path, "rb") as file:
-                os.fchmod(file.fileno(), mode)  # safetensors' are its writer's alone
+            path.chmod(mode)  # safetensors' are its writer's alone
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
 

@@ -9,104 +9,25 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 
 import pytest
 import torch
 from processes import start
-from runs import dataset, log_rows, trainer, weights
-from scale import scaled
-from tiny_models import save_tiny, tiny_model
-from transformers import EarlyStoppingCallback, TrainerCallback
-from worlds import start_world
+from runs import dataset
+from signal_runs import MOMENTS, PLANNED, START_SECONDS, STOPPED, At, assert_same, made, resumed, whole
+from tiny_models import save_tiny
+from transformers import TrainerCallback
 
 from prefopt import files
 from prefopt.checkpoints.manifest import faults
 from prefopt.cli.main import main
 from prefopt.reference import ModelReference
-from prefopt.trainer.ending import signals as signals_module
 from prefopt.trainer.ending.record import METRICS, read_rows
-from prefopt.trainer.ending.signals import InterruptedRun, Signals, TerminatedRun
-
-STOPPED = (InterruptedRun, TerminatedRun)
-MOMENTS = scaled(6, 100)
-PLANNED = 10
-"""Steps of the runs that are stopped at random."""
-START_SECONDS = 300
-"""A limit that tells a run that hangs from a machine that is busy."""
-
-
-class At(TrainerCallback):
-    """Sends a signal to this process at the ``count``-th time that an event comes."""
-
-    def __init__(self, event: str, count: int, number: int) -> None:
-        self.left = count
-        setattr(self, event, self.maybe)
-        self.number = number
-
-    def maybe(self, *args: Any, **kwargs: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-
-
-def made(folder: Path, *callbacks: Any, **options: Any) -> Any:
-    """A run with dropout, whose evaluation and order use random numbers, and that crosses an epoch's end."""
-    options = {
-        "model": tiny_model(seed=1, attention_dropout=0.3),
-        "disable_dropout": False,
-        "count": 16,
-        "max_steps": 7,
-        "eval_dataset": dataset(10, seed=3),
-        "per_device_eval_batch_size": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        **options,
-    }
-    if options.pop("callbacks", None):
-        callbacks = (*callbacks, EarlyStoppingCallback(early_stopping_patience=2))
-    return trainer(folder, callbacks=list(callbacks), **options)
-
-
-def rows_on_disk(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run without times."""
-    return [
-        {name: value for name, value in row.items() if name != "time" and not name.endswith(("runtime", "per_second"))}
-        for row in read_rows(folder / METRICS)
-    ]
-
-
-def assert_same(run: Any, expected: Any) -> None:
-    assert torch.equal(weights(run.model), weights(expected.model))
-    assert log_rows(run) == log_rows(expected)
-    assert rows_on_disk(Path(run.args.output_dir)) == rows_on_disk(Path(expected.args.output_dir))
-
-
-WHOLE: dict[str, Any] = {}
-"""Options -> the run that was not interrupted."""
-
-
-def whole(root: Path, **options: Any) -> Any:
-    key = repr(sorted(options)) + repr([value for _, value in sorted(options.items()) if isinstance(value, str | int)])
-    if key not in WHOLE:
-        WHOLE[key] = made(root / "whole", **options)
-        WHOLE[key].train()
-    return WHOLE[key]
-
-
-def resumed(folder: Path, **options: Any) -> Any:
-    run = made(folder, **options)
-    run.train(resume_from_checkpoint=True)
-    return run
-
+from prefopt.trainer.ending.signals import InterruptedRun, TerminatedRun
 
 SAMPLES = {"generate_during_eval": True, "eval_sample_tokens": 3}
 IMPATIENT = {
@@ -275,124 +196,6 @@ def test_the_command_line_says_it_without_a_traceback(tmp_path: Path, caplog, ca
     assert "Traceback" not in capfd.readouterr().err
     assert not faults(tmp_path / "run" / "checkpoint-1")
     assert not (tmp_path / "run" / "model.safetensors").exists()
-
-
-# -- several ranks -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", ["step", "evaluation"])
-def test_one_rank_that_is_asked_is_enough(tmp_path: Path, place: str) -> None:
-    world = start_world(2, tmp_path, on_two_ranks, tmp_path, place)
-    world.finish(START_SECONDS)
-    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
-    assert told[0] == told[1]
-    assert told[0]["code"] == 143
-    assert not faults(tmp_path / "run" / f"checkpoint-{told[0]['step']}")
-    assert torch.tensor(told[0]["weights"]).allclose(torch.tensor(told[0]["whole"]), rtol=0, atol=0)
-
-
-def on_two_ranks(folder: Path, place: str) -> None:
-    """Rank 1 alone is sent the signal; then both go on, and a run that was not stopped is made beside."""
-    rank = int(os.environ["RANK"])
-    event = {"step": "on_step_begin", "evaluation": "on_prediction_step"}[place]
-    options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "use_cpu": True}
-    sent = [At(event, 2, signal.SIGTERM)] if rank == 1 else []
-    with pytest.raises(TerminatedRun) as raised:
-        made(folder / "run", *sent, **options).train()
-    run, expected = resumed(folder / "run", **options), made(folder / "whole", **options)
-    expected.train()
-    told = {
-        "code": raised.value.code,
-        "step": raised.value.step,
-        "weights": weights(run.model).tolist(),
-        "whole": weights(expected.model).tolist(),
-    }
-    (folder / f"rank-{rank}.json").write_text(json.dumps(told))
-
-
-# -- the second signal -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", ["evaluation", "save"])
-def test_a_second_signal_stops_at_once(tmp_path: Path, place: str) -> None:
-    process = start(stubborn, tmp_path, place)
-    process.join()
-    assert process.exitcode == -signal.SIGINT
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ([] if place == "save" else ["checkpoint-1"])
-
-
-def stubborn(folder: Path, place: str) -> None:
-    signals_module.SAME_REQUEST = 0.2
-
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    def observer(operation: str, path: Path) -> None:
-        if place == "save" and path.name == "manifest.json":
-            twice()
-
-    class InEvaluation(TrainerCallback):
-        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-            if place == "evaluation":
-                twice()
-
-    with files.observed(observer):
-        made(folder, InEvaluation(), save_steps=1).train()
-
-
-# -- handlers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def kept_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("kept_handlers")
-def test_handlers_are_those_of_before_and_the_users_are_called() -> None:
-    called: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    run = Signals()
-    with run.handled():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert run.request == signals_module.Request.NOTHING
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert run.request == signals_module.Request.STOP
-    assert called == [signal.SIGTERM]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
-    with run.handled():
-        assert run.request == signals_module.Request.NOTHING
-
-
-def test_another_thread_trains_without_handlers(tmp_path: Path) -> None:
-    before, failed = signal.getsignal(signal.SIGTERM), []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            failed.append(signal.getsignal(signal.SIGTERM) != before)
-
-    thread = threading.Thread(target=made(tmp_path, Look(), eval_strategy="no", max_steps=2).train)
-    thread.start()
-    thread.join()
-    assert failed == [False, False]
-
-
-@pytest.mark.usefixtures("kept_handlers")
-def test_the_handler_of_transformers_gives_way(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    run = made(tmp_path, At("on_step_begin", 2, signal.SIGTERM), enable_jit_checkpoint=True)
-    assert signal.getsignal(signal.SIGTERM) == before
-    with pytest.raises(TerminatedRun):
-        run.train()
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert not faults(tmp_path / "checkpoint-2")
 
 
 # -- random moments ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Names that begin with ``_`` are taken for a checkpoint by no finder, and pushed 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import socket
@@ -17,6 +16,11 @@ from pathlib import Path
 from prefopt import files
 from prefopt.checkpoints.manifest import faults, write_manifest
 from prefopt.checkpoints.publish import staged_model
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = [
     "FolderInUseError",
@@ -148,6 +152,8 @@ def held(run: Path) -> Iterator[None]:
 
 def take(handle: int, run: Path) -> None:
     """Lock an open file, and write into it who has."""
+    if fcntl is None:
+        raise NoLocksError(f"{run} is on a system without POSIX locks")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

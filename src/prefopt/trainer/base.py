@@ -1,9 +1,26 @@
 """The trainer under the three public ones: transformers' trainer with preference data, a reference and an objective.
 
-Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks, checkpoints) is
-transformers' and accelerate's. The hooks that are overridden, here and in the classes below (`StepTrainer`,
-`EvaluatingTrainer`, `MovingTrainer`, `RememberingTrainer`, `LoadingTrainer`, `PreparingTrainer`, `SearchingTrainer`,
-`RecordingTrainer`):
+Everything that is not about preferences (optimizers, schedulers, distribution, trackers, callbacks) is transformers'
+and accelerate's. `PreferenceTrainer` stands on a chain of classes, each with one subject, from theirs up:
+
+====================================== ==========================================================================
+class                                  subject
+====================================== ==========================================================================
+`StatesTrainer`                        what a checkpoint keeps of a run, without pickle
+`CheckpointingTrainer`                 its folder: whole or not at all; the newest good one is found
+`LoggingTrainer`                       the log of the steps, also over a resume
+`StepTrainer`                          an optimizer step
+`RetryingTrainer`                      a step for which memory runs out is done again in smaller micro-batches
+`GuardedTrainer`                       a step that is not finite is refused
+`InterruptibleTrainer`                 signals: saving and stopping at step boundaries
+`EvaluatingTrainer`                    exact sums over the rows of a set
+`MovingTrainer`, `RememberingTrainer`  a reference that follows the policy; one that remembers
+`LoadingTrainer`, `PreparingTrainer`   rows to batches; the model before the first step
+`SearchingTrainer`                     hyperparameter search
+`RecordingTrainer`                     ``train()`` as users call it: under signals, and with a record
+====================================== ==========================================================================
+
+The hooks that they override:
 
 ====================================== ==========================================================================
 hook                                   why
@@ -11,7 +28,7 @@ hook                                   why
 ``get_*_dataloader``                   an item is a whole optimizer step, planned alike on every rank
 ``_run_epoch`` and two more            the loop must not accumulate: the step already has its micro-batches
 ``training_step``                      micro-batches, gradient sync on the last, denominators of the whole step
-``_get_grad_norm``                     the one host sync of a step: stop before a NaN reaches the weights
+``_get_grad_norm``, ``_clip_..``       the one host sync of a step: stop before a NaN reaches the weights
 ``_prepare_for_training``              checkpointing decided by memory, layers compiled, before the model is wrapped
 ``_build_accelerator_args``            accelerate leaves the compiling to that
 ``evaluation_loop``                    exact sums over rows instead of means of batch means
@@ -20,6 +37,7 @@ hook                                   why
 ``_maybe_log_save_..``, ``_evaluate``  a signal saves and stops; what was left of a step is taken up by the resumed run
 ``_save_checkpoint``, ``save_model``   whole or not at all; ``train`` goes on from the newest good one
 ``_finalize_training``                 the best checkpoint is looked at before it is loaded
+``_determine_best_metric``             a NaN is never the best
 ``_save``, ``create_model_card``       the user's arguments and a card with every checkpoint
 ``_load_from_checkpoint``, ``_best..`` safetensors alone; all adapters, whatever they are called; none is switched
 ``call_model_init``                    an adapter and a fresh reference for each trial
@@ -158,14 +176,18 @@ class PreferenceTrainer(RecordingTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.start_window()
+        self.add_own_callbacks()
+        check_best_metric(args, eval_dataset)
+        self.layout = self.chosen_layout()
+
+    def add_own_callbacks(self) -> None:
+        """What model, adapter and options ask for at the points of the loop."""
         self.add_callback(KeepReference(self.keep_reference))
         if self.unsloth_mode is not None:
             self.add_callback(self.unsloth_mode)
-        self.sampling = add_sampling(self) if args.generate_during_eval else None
+        self.sampling = add_sampling(self) if self.args.generate_during_eval else None
         if AllocateRanks.is_needed(self.model):
             self.add_callback(AllocateRanks())
-        check_best_metric(args, eval_dataset)
-        self.layout = self.chosen_layout()
 
     # -- model and reference -------------------------------------------------------------------------------------
 

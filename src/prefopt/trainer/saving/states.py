@@ -60,6 +60,10 @@ class StatesTrainer(Trainer):
         use_whole_weights(self.accelerator)
         super().save_model(output_dir, _internal_call)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        use_whole_weights(self.accelerator)  # what cannot be saved so is refused before the first step
+        return super()._prepare_for_training(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The model or its adapters, what prepares its inputs, and the options."""
         writes, folder = self.args.should_save, output_dir or self.args.output_dir
