@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import signal
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.process import BaseProcess
@@ -36,5 +37,6 @@ def forking(target: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     second.
     """
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background ignores it
     multiprocessing.set_start_method("fork", force=True)
     target(*args, **kwargs)
