@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -117,7 +117,8 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
             sync_folder(path)
         else:
             announce("sync", path)
-            path.chmod(mode)  # safetensors' are its writer's alone
+            with suppress(OSError):  # some file systems have no modes
+                path.chmod(mode)  # safetensors' are its writer's alone
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)

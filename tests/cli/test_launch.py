@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_models import save_tiny, standard_rows
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from prefopt.cli import launch
 from prefopt.cli.launch import LAUNCHED, accelerate_config_path, plan_launch
@@ -25,7 +27,7 @@ from worlds import start_world
 TOLERANCE = 1e-6
 """Relative norm of the weights in float32: sums are taken in another order."""
 NAMES = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3", "cpu")
-BEFORE = (sys.executable, "-m", "accelerate.commands.launch")
+BEFORE = (sys.executable, "-m", "prefopt.cli.launch")
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +104,14 @@ def test_mistakes_are_named(rest, part):
     assert part in str(caught.value)
 
 
+def test_a_launcher_that_is_told_to_stop_ends_as_after_that_signal(monkeypatch):
+    def stopped():
+        raise SignalException("told", signal.SIGTERM)
+
+    monkeypatch.setattr("accelerate.commands.launch.main", stopped)
+    assert launch.launcher() == 143
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_accelerate_takes_the_shipped_configs(name):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -129,9 +139,10 @@ def test_no_config_is_missing():
 
 
 def test_a_rank_does_all_that_is_to_be_done_at_its_end():
-    """Threads, functions of the end and what is printed, and then no finalisation: what that would run, does not."""
+    """Threads, also those of an idle pool, functions of the end and what is printed, and then no finalisation."""
     script = """
 import atexit, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from prefopt.cli.launch import leave
 
 class Last:
@@ -139,13 +150,16 @@ class Last:
         print("finalised")
 
 kept = Last()
+idle = ThreadPoolExecutor(1)
+idle.submit(int).result()
 atexit.register(print, "at exit", end=" ")
 threading.Thread(target=lambda: (time.sleep(0.1), print("thread", end=" "))).start()
 leave(3)
 """
     for world_size, expected in (("1", "thread at exit finalised\n"), ("2", "thread at exit ")):
         env = {**os.environ, "WORLD_SIZE": world_size}
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
         assert (done.returncode, done.stdout) == (3, expected)
 
 

@@ -90,3 +90,11 @@ def test_a_checkpoint_of_trl_starts_a_new_run(
     saved, own = load_file(checkpoint / name), load_file(Path(run.args.output_dir, "checkpoint-3", name))
     assert own.keys() == saved.keys()
     assert all(torch.equal(own[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_checkpoint_of_trl_on_other_modules_is_refused() -> None:
+    """None of its weights would be read."""
+    checkpoint = begun("trl", peft_config=LoraConfig(**RANK))
+    run = build("prefopt", "dpo", SAVED, peft_config=LoraConfig(**{**RANK, "target_modules": ["v_proj"]}))
+    with pytest.raises(ValueError, match=r"Missing: \S+v_proj\.lora_A.* Not known to the model: \S+q_proj\.lora_A"):
+        run.train(resume_from_checkpoint=str(checkpoint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from engines import ENGINES, Results, engine_options, finished
 from runs import trainer
 from scale import LONG
+from sharded import shard_on_cpu, whole
 from tiny_models import tiny_model
 
 GLOBAL_BATCH = 4
@@ -18,7 +20,10 @@ SAVED, LAST = 3, 5
 CASES: dict[str, dict[str, Any]] = {
     "full": {"tied": True, "fsdp_config": {"cpu_ram_efficient_loading": True}},
     "lora": {"lora": True},
-    "experts": {"family": "qwen3_moe", "router_aux_loss_coef": 0.0},
+    "experts": {
+        **{"family": "qwen3_moe", "router_aux_loss_coef": 0.0},
+        "fsdp_config": {"cpu_ram_efficient_loading": True},
+    },
     "tr-dpo": {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "sgd": {"optim": "sgd", "learning_rate": 0.05},
 }
@@ -68,3 +73,16 @@ def resumed(folder: Path, engine: str) -> Results:
             checkpoint = folder / before / name / f"checkpoint-{SAVED}"
             results[f"{name}/{before}/{engine}"] = finished(run, engine, resume_from_checkpoint=str(checkpoint))
     return results
+
+
+def on_two_nodes(folder: Path) -> None:
+    """In each process, as if it were the only one of its machine: a disk of its own."""
+    os.environ["LOCAL_RANK"] = "0"
+    shard_on_cpu()
+    own = folder / os.environ["RANK"]
+    options = {"save_strategy": "steps", "save_steps": SAVED, "save_on_each_node": True}
+    whole_run = made(own, "fsdp", **options)
+    whole_run.train()
+    resumed_run = made(own, "fsdp", **options)
+    resumed_run.train(resume_from_checkpoint=str(own / f"checkpoint-{SAVED}"))
+    assert whole(resumed_run.model.parameters()) == whole(whole_run.model.parameters())

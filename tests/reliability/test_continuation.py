@@ -16,11 +16,13 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from runs import dataset, log_rows, trainer, weights
 from tiny_models import save_tiny, standard_rows, tiny_model, word_tokenizer
 from transformers import TrainerCallback
+from vision_models import PICTURES, processor_of, tiny_vision
 
-from prefopt import CPOConfig, DPOConfig, TPOConfig
+from prefopt import CPOConfig, DPOConfig, DPOTrainer, TPOConfig
 from prefopt.cli.main import main
 from prefopt.trainer.saving.changes import CHANGES, Change, change_of
 from prefopt.trainer.saving.continuation import check_continuation, read_arguments, write_arguments
+from prefopt.trainer.saving.facts import row_hashes
 
 STEPS = 4
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS}
@@ -34,6 +36,8 @@ def lora(**options: Any) -> LoraConfig:
 BASES: dict[str, Callable[[], dict[str, Any]]] = {
     "full": dict,
     "lora": lambda: {"peft_config": lora()},
+    "pattern": lambda: {"peft_config": lora(alpha_pattern={"q_proj": 8})},
+    "buffer": lambda: {"peft_config": lora(), "model": with_buffer(1)},
     "cpo": lambda: {"method": "cpo"},
     "stream": lambda: {"rows": dataset().to_iterable_dataset()},
 }
@@ -84,6 +88,13 @@ def test_an_option_that_nobody_has_judged_is_refused() -> None:
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def with_buffer(value: int) -> Any:
+    """A model that keeps a weight where quantized ones do."""
+    model = tiny_model(seed=1)
+    model.model.layers[0].mlp.register_buffer("qweight", torch.full((4, 4), value, dtype=torch.int32))
+    return model
 
 
 def changed_row(number: int) -> Dataset:
@@ -140,6 +151,17 @@ REFUSED: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
         lambda: {"peft_config": lora(target_modules=["q_proj"])},
         "model: adapters: default: target_modules",
     ),
+    "an adapter's pattern": (
+        "lora",
+        lambda: {"peft_config": lora(alpha_pattern={"q_proj": 256})},
+        "model: adapters: default: alpha_pattern: q_proj +- +256",
+    ),
+    "no pattern any more": (
+        "pattern",
+        lambda: {"peft_config": lora()},
+        "model: adapters: default: alpha_pattern: q_proj +8 +-",
+    ),
+    "quantized weights": ("buffer", lambda: {"model": with_buffer(2)}, "model: weights that are not trained"),
     "no adapter": ("lora", lambda: {"peft_config": None}, "model: adapters: names +default +none"),
     "weights under the adapter": ("lora", lambda: {"model": tiny_model(seed=2)}, "weights that are not trained"),
     "a stream's rows": (
@@ -301,6 +323,59 @@ def test_other_versions_are_said(going_on: Any, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, "prefopt"):
         check_continuation(run, checkpoint)
     assert "-> 999.0" in caplog.text
+
+
+def test_entries_of_configs_count_under_the_same_versions_only(going_on: Any, monkeypatch: Any) -> None:
+    """Another version of a library has entries of its own."""
+    run, checkpoint = going_on()
+    run.model.config.new_entry = 1
+    with pytest.raises(ValueError, match=r"model: config: new_entry +- +1"):
+        check_continuation(run, checkpoint)
+    monkeypatch.setattr("prefopt.__version__", "999.0")
+    check_continuation(run, checkpoint)
+
+
+def test_rows_and_weights_are_read_once(going_on: Any, monkeypatch: Any) -> None:
+    """What a checkpoint is compared with is what the next ones hold."""
+    run, checkpoint = going_on()
+    reads: list[int] = []
+    monkeypatch.setattr(
+        "prefopt.trainer.saving.continuation.row_hashes", lambda rows: reads.append(1) or row_hashes(rows)
+    )
+    run.train(resume_from_checkpoint=str(checkpoint))
+    assert reads == [1]
+    run.train()
+    assert reads == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_vision_language_run_goes_on(family: str, tmp_path: Path) -> None:
+    """The tokens that training aligns with the tokenizer's are in the config of its part for text."""
+    text = {"chosen": "A cat.", "rejected": "No."}
+    rows = [
+        {
+            "images": [PICTURES[0]],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{number}?"}]}],
+            **{
+                side: [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+                for side, answer in text.items()
+            },
+        }
+        for number in range(4)
+    ]
+
+    def run(folder: str) -> Any:
+        processor = processor_of(family)
+        options = {**SAVED, "per_device_train_batch_size": 1, "report_to": "none", "learning_rate": 1e-2}
+        args = DPOConfig(str(tmp_path / folder), **options)
+        model = tiny_vision(family, processor)
+        return DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor)
+
+    whole, resumed = run("whole"), run("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert log_rows(resumed) == log_rows(whole)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
 def test_a_run_goes_on_twice(tmp_path: Path, going_on: Any) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from processes import start
 from runs import log_rows, trainer, weights
 from scale import scaled
 
+from prefopt.checkpoints.folder import staging_folder
 from prefopt.checkpoints.space import checkpoint_bytes, folder_bytes
 from prefopt.files import Operation, observed
 from prefopt.trainer.saving.checkpointing import CheckpointingTrainer, CheckpointNotWrittenError
@@ -130,6 +132,28 @@ def test_a_library_cannot_write(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-1"}
 
 
+def test_a_disk_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network disks let nobody change the mode of a file."""
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    trainer(tmp_path, **{**OPTIONS, "max_steps": 1}).train()
+    assert newest_good(tmp_path) == 1
+
+
+def test_only_the_rank_that_saves_puts_in_order(tmp_path: Path) -> None:
+    """Another rank that fails in a save leaves the folder to it."""
+    run = trainer(tmp_path, **OPTIONS)
+    staging = staging_folder(tmp_path, 1)
+    staging.mkdir(parents=True)
+    run.args = SimpleNamespace(should_save=False)
+    with pytest.raises(MemoryError), run.whole_or_not_at_all(tmp_path, 1):
+        raise MemoryError
+    assert staging.is_dir()
+
+
 # -- before the first step ---------------------------------------------------------------------------------------
 
 
@@ -172,3 +196,10 @@ def test_the_estimate_is_no_more_than_what_is_written(
     optimizer = None if run.args.save_only_model else type(run.optimizer.optimizer).__name__
     estimate = checkpoint_bytes(run.model, optimizer, run.weights_beside(), adapter=False)
     assert 0.8 * written < estimate <= written
+
+
+def test_the_estimate_of_small_states() -> None:
+    """Two values for each weight of 4 bytes, in 8 or in 4 bits."""
+    model = torch.nn.Linear(8, 8, bias=False)
+    sizes = {name: checkpoint_bytes(model, name, [], adapter=False) for name in ("AdamW", "AdamW8bit", "AdamW4bit")}
+    assert sizes == {"AdamW": 256 + 512, "AdamW8bit": 256 + 128, "AdamW4bit": 256 + 64}

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from elastic import CASES, LAST, SAVED, resumed, saved, ways
+import torch
+from elastic import CASES, LAST, SAVED, on_two_nodes, resumed, saved, ways
 from engines import ENGINES, Results, difference, on_all
 from safetensors.torch import load_file
+from worlds import start_world
 
 TOLERANCE = 1e-6
 """Relative norm of the weights in float32 after five steps: sums are taken in another order."""
@@ -65,3 +67,12 @@ def test_a_checkpoint_is_that_of_one_process(name: str, engine: str, runs: Runs)
             {key: tensor.shape for key, tensor in load_file(top / path.name).items()} for top in (ours, alone)
         )
         assert ours_shapes == shapes
+
+
+@pytest.mark.distributed
+def test_each_node_has_a_whole_checkpoint(tmp_path: Path) -> None:
+    """With `save_on_each_node` and FSDP2 the first rank of every machine writes the weights, and all resume."""
+    start_world(2, tmp_path, on_two_nodes, tmp_path).finish(LIMIT_SECONDS)
+    first, second = (load_file(tmp_path / rank / f"checkpoint-{SAVED}" / "model.safetensors") for rank in "01")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())

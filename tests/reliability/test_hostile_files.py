@@ -21,8 +21,11 @@ from vision_models import processor
 
 from prefopt import DPOConfig, DPOTrainer
 from prefopt.cli.main import main
+from prefopt.cli.model_config import ScriptArguments
 from prefopt.cli.run_file import read_run_file
-from prefopt.data import PrepareOptions, load_source, prepare_dataset
+from prefopt.cli.train import image_roots
+from prefopt.data import DatasetMixtureConfig, PrepareOptions, load_source, prepare_dataset
+from prefopt.data.image_roots import DEFAULT_ROOTS, located
 
 QUICK = 10.0
 """Seconds: a bomb would take hours."""
@@ -31,20 +34,23 @@ QUICK = 10.0
 
 LAUGHS = "a: &a0 [ha, ha]\n" + "".join(f"b{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 YAML = {
-    "laughs": (LAUGHS, "has more than 100,000 entries"),
+    "laughs": (LAUGHS, "has more than 20,000 entries"),
     "laughs of merged keys": (
         "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)),
-        "has more than 100,000 entries",
+        "has more than 20,000 entries",
     ),
-    "holds itself": ("beta: &a [*a]\n", "has more than 100,000 entries"),
+    "many entries": ("beta: [" + "a," * 90_000 + "]\n", "has more than 20,000 entries"),
+    "holds itself": ("beta: &a [*a]\n", "has more than 20,000 entries"),
     "object": ("beta: !!python/object/apply:os.system ['touch OWNED']\n", "could not determine a constructor"),
     "name": ("beta: !!python/name:os.system\n", "could not determine a constructor"),
     "twice": ("beta: 1\nseed: 2\nbeta: 3\n", "run.yaml:3: 'beta' stands here and in line 1"),
     "twice below": ("datasets:\n- path: a\n  path: b\n", "run.yaml:3: 'path' stands here and in line 2"),
     "deep": ("beta: " + "[" * 50_000, "nested too deep"),
-    "large": ("# " + "x" * 10_000_001, "more than the 10,000,000"),
+    "large": ("# " + "x" * 200_001, "more than the 200,000"),
     "no date": ("beta: 2001-99-99\n", "is no valid YAML"),
-    "many digits": ("beta: " + "9" * 10_000, "is no valid YAML"),
+    "many digits": ("beta: " + "9" * 10_000, "run.yaml:1: a number of 10,000 characters"),
+    "base 60": ("beta: 1" + ":1" * 90_000, "run.yaml:1: a number of 180,001 characters"),
+    "base 60 with a point": ("beta: 1" + ":1" * 90_000 + ".0", "run.yaml:1: a number of 180,003 characters"),
     "no text": (b"beta: \xff\xfe", "is no valid YAML"),
 }
 
@@ -175,9 +181,15 @@ def test_images_stay_within_their_folder(tmp_path: Path, figure: Callable[[str, 
     figure("image paths", f"{len(tried)} ways out of the data's folder refused")
 
 
-def test_addresses_within_a_root_are_compared_by_their_parts() -> None:
-    from prefopt.data.image_roots import located
+def test_a_local_set_adds_its_folder_to_the_caches(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    mixture = DatasetMixtureConfig()
+    roots = image_roots(ScriptArguments(dataset_name=str(tmp_path / "rows.jsonl")), mixture)
+    assert roots == [str(tmp_path), *DEFAULT_ROOTS[1:]]
+    assert image_roots(ScriptArguments(dataset_name="of/the-hub"), mixture) == []
 
+
+def test_addresses_within_a_root_are_compared_by_their_parts() -> None:
     roots = ["https://images.example.org/cats"]
     assert located("https://images.example.org/cats/1.png", roots)
     for other in ("https://images.example.org/catsy.png", "https://images.example.org/cats/../dogs/1.png"):

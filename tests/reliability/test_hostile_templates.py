@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -196,6 +199,44 @@ def test_the_process_ends_with_the_preparation_and_goes_with_the_template() -> N
     assert template_process.apply_template(tokenizer, conversation, given) == "other"
     assert template_process._own.process is not process
     assert len(prepared) == 1
+
+
+class Lists:
+    """Its template writes what is open."""
+
+    chat_template, special_tokens_map = "", ()
+
+    def apply_chat_template(self, given: Any, **arguments: Any) -> str:
+        return " ".join(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_the_process_has_no_file_of_ours_whatever_its_number(tmp_path: Path) -> None:
+    """Also one that was opened before the limit of their number came to be lower."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(tmp_path / "secret", "w") as file:
+        high = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, soft - 10)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 20, hard))
+        opened = template_process.apply_template(Lists(), [], {}).split()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(high)
+    assert len(set(opened) - {"0", "1", "2"}) == 3  # two pipes, and the list itself
+    assert str(high) not in opened
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="there is no such signal")
+def test_a_process_that_nobody_may_wait_for_is_an_error_of_the_template() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = TAKES_ALL["power"]
+        with pytest.raises(TemplateLimitError, match="its process ended"):
+            template_process.apply_template(tokenizer, [USER], {"tokenize": False})
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,27 @@ def test_the_smaller_size_is_kept_by_the_run_and_its_checkpoints(tmp_path: Path)
     same(again, whole)
 
 
+def test_a_new_run_begins_with_micro_batches_of_the_whole_size(tmp_path: Path) -> None:
+    run = made(tmp_path, max_steps=1)
+    with running_out(run, 1, 50, "Python"):
+        run.train()
+    run.eval_cut.parts = 4
+    sizes = counted_sizes(run)
+    run.train()
+    assert sizes == [[4]]
+    assert run.eval_cut.parts == 1
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(5, (1, 10)), (9, (3, 6)), (8, (4, 4))], ids=str)
+def test_the_advice_keeps_the_pairs_of_a_step(size: int, smaller: tuple[int, int], tmp_path: Path) -> None:
+    run = made(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=2)
+    run.accumulation = 2
+    batch, accumulation = smaller
+    assert run.smaller_batches() == (
+        f"Set per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}."
+    )
+
+
 def counted_sizes(run: Any) -> list[list[int]]:
     """Pairs of the micro-batches of each step, as they come to be computed."""
     sizes, original = [], run.attempt_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class Poison(TrainerCallback):
 def moments(run: Any) -> list[torch.Tensor]:
     state = run.optimizer.state_dict()["state"]
     return [value.clone() for of_weight in state.values() for value in of_weight.values() if torch.is_tensor(value)]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -110,8 +115,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 EVERY = [(poison, setting, step) for poison in POISONS for setting in SETTINGS for step in range(1, STEPS + 1)]
 IN_SHORT = [(poison, "as always", step) for poison, step in zip(POISONS, (1, 4, 1, 4, 2, 1), strict=True)]
 IN_SHORT += [(("a row", "a gradient")[place % 2], setting, 3) for place, setting in enumerate(list(SETTINGS)[1:])]
-CASES = [case for case in (EVERY if LONG else IN_SHORT) if case[:2] != ("the reference", "an adapter")]
-"""An adapter's reference is the model without it."""
+NONE = {("the reference", "an adapter"), ("the gradient of rows", "an adapter")}
+"""An adapter's reference is the model without it, and the embeddings under it have no gradient."""
+CASES = [case for case in (EVERY if LONG else IN_SHORT) if case[:2] not in NONE]
 
 
 def made(folder: Path, poison: Poison, *, lora: bool = False, **options: Any) -> Any:
@@ -137,7 +143,8 @@ def test_poison_stops_the_step_before_the_update(kind: str, setting: str, step: 
     assert error.step == step
     assert run.state.global_step == step - 1
     assert torch.equal(weights(run.model).view(torch.int32), poison.weights)
-    assert all(map(torch.equal, moments(run), poison.optimizer))
+    assert same(moments(run), poison.optimizer)
+    assert bool(poison.optimizer) == (step > 1), "the test is vacuous"
     assert digests(tmp_path) == poison.files
     assert len(list(tmp_path.glob("checkpoint-*"))) == step - 1
     assert all(math.isfinite(value) for row in log_rows(run) for value in row.values())
@@ -197,7 +204,8 @@ def test_a_step_that_is_left_out_changes_nothing(options: dict[str, Any], tmp_pa
     run = made(tmp_path, poison, on_nonfinite="skip", logging_steps=2, **options)
     run.train()
     assert torch.equal(kept[1][0], kept[2][0])
-    assert all(map(torch.equal, kept[1][1], kept[2][1]))
+    assert kept[1][1], "the test is vacuous"
+    assert same(kept[1][1], kept[2][1])
     assert not torch.equal(kept[2][0], kept[3][0])
     first, second, last = log_rows(run)
     assert (first["skipped_steps"], second["skipped_steps"], last["skipped_steps"]) == (1, 0, 1)
@@ -209,6 +217,25 @@ def test_a_step_that_is_left_out_changes_nothing(options: dict[str, Any], tmp_pa
     )
     assert last["train_loss"] == pytest.approx((first["loss"] + 2 * second["loss"]) / 3)
     assert first["learning_rate"] == pytest.approx(log_rows(alone)[1]["learning_rate"])  # the schedule goes on
+
+
+def test_the_error_comes_through_a_pickle() -> None:
+    error = pickle.loads(pickle.dumps(NonFiniteStepError("what", 3, [1, 2], Path("there"))))
+    assert (str(error), error.step, error.rows, error.folder) == ("what", 3, (1, 2), Path("there"))
+
+
+def test_a_failed_run_leaves_nothing_in_the_log_of_the_next(tmp_path: Path) -> None:
+    poison = Poison({3}, a_gradient)
+    run = made(tmp_path / "run", poison, logging_steps=STEPS, learning_rate=0.0)
+    with pytest.raises(NonFiniteStepError):
+        run.train()
+    poison.undo.remove()
+    run.remove_callback(poison)
+    run.train()
+    alone = made(tmp_path / "alone", Poison(set(), a_gradient), logging_steps=STEPS, learning_rate=0.0)
+    alone.train()
+    names = ("loss", "num_tokens", "logps/chosen", "rewards/margins")
+    assert [log_rows(run)[0][name] for name in names] == [log_rows(alone)[0][name] for name in names]
 
 
 def test_a_row_of_steps_that_were_all_left_out_has_no_loss(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,16 +14,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from processes import start
 from runs import dataset, log_rows, trainer
 from transformers import TrainerCallback
 
+from prefopt import files
 from prefopt.report.curves import PANELS, draw, png
 from prefopt.trainer.ending import recording
-from prefopt.trainer.ending.record import METRICS, RUN, append_row, keep_rows, read_rows, rows_until
+from prefopt.trainer.ending.record import CURVES, METRICS, RUN, append_row, keep_rows, read_rows, rows_until
 
 STEP = 3
 """After how many steps the runs of this file end."""
+
+
+OF_THE_ENVIRONMENT = "0123456789abcdef"
+"""A key that shows by nothing that it is one."""
 
 
 class Raising(TrainerCallback):
@@ -48,13 +55,13 @@ def poison(run: Any) -> Callable[[], None]:
 
 
 ENDS: dict[str, tuple[Callable[[Any], Callable[[], Any]], str, str, str]] = {
-    "callback": (lambda run: fail(KeyError("no such\x1b[31m column")), "failed", "KeyError", "column"),
+    "callback": (lambda run: fail(KeyError("no such column")), "failed", "KeyError", "column"),
     "nan": (poison, "failed", "NonFiniteStepError", "step"),
     "sigterm": (lambda run: lambda: os.kill(os.getpid(), signal.SIGTERM), "interrupted", "TerminatedRun", "SIGTERM"),
     "ctrl-c": (lambda run: fail(KeyboardInterrupt()), "interrupted", "KeyboardInterrupt", ""),
     "exit": (lambda run: lambda: sys.exit(3), "interrupted", "SystemExit", "3"),
     "secret": (
-        lambda run: fail(OSError("403 for https://me:word@host/x?token=abc hf_CANARYCANARY")),
+        lambda run: fail(OSError(f"403 for https://me:word@host/x?token=abc hf_CANARYCANARY {OF_THE_ENVIRONMENT}")),
         "failed",
         "OSError",
         "403",
@@ -65,6 +72,7 @@ ENDS: dict[str, tuple[Callable[[Any], Callable[[], Any]], str, str, str]] = {
 @pytest.mark.parametrize("end", ENDS)
 def test_a_run_that_dies_leaves_rows_curves_and_a_reason(tmp_path: Path, end: str, monkeypatch) -> None:
     monkeypatch.setenv(recording.VARIABLE, "on")
+    monkeypatch.setenv("SOME_API_KEY", OF_THE_ENVIRONMENT)
     make, status, kind, word = ENDS[end]
     run = trainer(tmp_path, max_steps=6)
     run.add_callback(Raising(make(run)))
@@ -79,8 +87,7 @@ def test_a_run_that_dies_leaves_rows_curves_and_a_reason(tmp_path: Path, end: st
     assert record["ended"] >= record["started"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / RUN).read_text()
-    assert "\x1b" not in text
-    assert not [secret for secret in ("word@", "token=abc", "CANARY") if secret in text]
+    assert not [secret for secret in ("word@", "token=abc", "CANARY", OF_THE_ENVIRONMENT) if secret in text]
 
 
 def test_rows_that_raise_while_they_are_read(tmp_path: Path) -> None:
@@ -153,6 +160,42 @@ def test_a_row_is_on_the_disk_before_a_callback_sees_it(tmp_path: Path) -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("end", ["callback", "sigterm", None])
+def test_a_record_that_cannot_be_written_changes_nothing_of_the_run(tmp_path: Path, end: str | None, caplog) -> None:
+    run = trainer(tmp_path, max_steps=STEP + 1, save_strategy="steps", save_steps=1)
+    kind = None
+    if end is not None:
+        make, _, kind, _ = ENDS[end]
+        run.add_callback(Raising(make(run)))
+
+    def full(operation: str, path: Path) -> None:
+        if RUN in path.name or path.name == METRICS:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    raised: BaseException | None = None
+    with files.observed(full):
+        try:
+            run.train()
+        except BaseException as error:
+            raised = error
+    assert (None if raised is None else type(raised).__name__) == kind
+    assert getattr(raised, "code", 143) == 143
+    assert run.state.global_step == STEP + (end != "callback")
+    assert (tmp_path / f"checkpoint-{run.state.global_step}").is_dir()
+    assert f"{RUN} was not written" in caplog.text
+    assert f"{METRICS} was not written" in caplog.text
+
+
+def test_a_refused_resume_leaves_the_record_of_the_run_before(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(recording.VARIABLE, "on")
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, max_steps=1, **options).train()
+    before = [(tmp_path / name).read_bytes() for name in (RUN, METRICS, CURVES)]
+    with pytest.raises(ValueError, match="beta"):
+        trainer(tmp_path, max_steps=2, beta=0.7, **options).train(resume_from_checkpoint=True)
+    assert [(tmp_path / name).read_bytes() for name in (RUN, METRICS, CURVES)] == before
+
+
 # -- the rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +205,36 @@ def test_what_is_no_number_is_null_with_its_name(tmp_path: Path) -> None:
     row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (row["loss"], row["grad_norm"], row["x"], row["y"]) == (None, None, None, 2)
     assert row["not_finite"] == {"loss": "nan", "grad_norm": "inf", "x": "-inf"}
+
+
+def test_what_lies_within_a_value_is_strict_json_too(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    values = {
+        "per_class": [math.nan, (1, np.float32(math.inf)), {"a": torch.tensor(-math.inf), 2: True}],
+        "scalar": torch.tensor(math.nan, dtype=torch.bfloat16),
+        "matrix": np.array([[0.5, math.nan]]),
+        "long": np.longdouble(1.5),
+        "flag": np.bool_(False),
+        "complex": np.clongdouble(1j),
+        "text": Path("a"),
+    }
+    append_row(path, {"step": 1, **values})
+    row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row["per_class"] == [None, [1, None], {"a": None, "2": True}]
+    assert (row["scalar"], row["matrix"], row["long"], row["flag"], row["text"]) == (
+        None,
+        [[0.5, None]],
+        1.5,
+        False,
+        "a",
+    )
+    assert row["not_finite"] == {
+        "per_class.0": "nan",
+        "per_class.1.1": "inf",
+        "per_class.2.a": "-inf",
+        "scalar": "nan",
+        "matrix.0.1": "nan",
+    }
 
 
 @pytest.mark.parametrize(("step", "at_step", "left"), [(2, 1, [0, 1, 2]), (2, 2, [0, 1, 2, 3]), (3, 0, [0, 1, 2, 3])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -25,7 +26,8 @@ from worlds import start_world
 from prefopt import files
 from prefopt.checkpoints.manifest import faults
 from prefopt.trainer.ending import signals as signals_module
-from prefopt.trainer.ending.signals import Signals, TerminatedRun
+from prefopt.trainer.ending.record import RUN
+from prefopt.trainer.ending.signals import InterruptedRun, Interruption, Signals, TerminatedRun
 
 # -- several ranks -----------------------------------------------------------------------------------------------------
 
@@ -47,9 +49,14 @@ def on_two_ranks(folder: Path, place: str) -> None:
     event = {"step": "on_step_begin", "evaluation": "on_prediction_step"}[place]
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "use_cpu": True}
     sent = [At(event, 2, signal.SIGTERM)] if rank == 1 else []
+    run = made(folder / "run", *sent, **options)
     with pytest.raises(TerminatedRun) as raised:
-        made(folder / "run", *sent, **options).train()
-    run, expected = resumed(folder / "run", **options), made(folder / "whole", **options)
+        run.train()
+    if place == "step":
+        run.train(resume_from_checkpoint=True)  # the request of the first run is not one of the second
+    else:
+        run = resumed(folder / "run", **options)
+    expected = made(folder / "whole", **options)
     expected.train()
     told = {
         "code": raised.value.code,
@@ -119,6 +126,39 @@ def test_handlers_are_those_of_before_and_the_users_are_called() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
     with run.handled():
         assert run.request == signals_module.Request.NOTHING
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_when_all_is_done_is_not_lost(tmp_path: Path, which: signal.Signals) -> None:
+    process = start(signalled_at_the_last_word, tmp_path, which)
+    process.join()
+    assert process.exitcode == (-signal.SIGTERM if which == signal.SIGTERM else 130)
+    assert json.loads((tmp_path / RUN).read_text())["status"] == "finished"
+    assert not (tmp_path / "went-on").exists()
+
+
+def signalled_at_the_last_word(folder: Path, which: signal.Signals) -> None:
+    run = made(folder, eval_strategy="no", save_strategy="no", max_steps=1)
+
+    def observer(operation: str, path: Path) -> None:
+        if RUN in path.name and run.state.global_step == 1 and operation == "write":
+            os.kill(os.getpid(), which)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with files.observed(observer):
+            run.train()
+        (folder / "went-on").touch()
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+@pytest.mark.parametrize("kind", [InterruptedRun, TerminatedRun])
+def test_what_ends_a_run_comes_through_a_pickle(kind: type[Interruption]) -> None:
+    stopped = kind(3, "out/checkpoint-3", "All steps were done.")
+    again = pickle.loads(pickle.dumps(stopped))
+    assert (type(again), str(again), vars(again)) == (kind, str(stopped), vars(stopped))
+    assert getattr(again, "code", None) == getattr(stopped, "code", None)
 
 
 def test_another_thread_trains_without_handlers(tmp_path: Path) -> None:

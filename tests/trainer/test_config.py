@@ -272,3 +272,9 @@ def test_objective_follows_a_changed_option():
 def test_alphapo_has_no_likelihood_term():
     objective = make(CPOConfig, loss_type="alphapo", alpha=0.25).objective()
     assert [loss.name for loss in objective.losses] == ["alphapo"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+def test_optimizers_that_move_weights_within_the_backward_pass_are_refused(config: Any, optim: str) -> None:
+    assert "before anyone can say whether the step is finite" in mistakes_of(config, optim=optim)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefopt import files
-from prefopt.checkpoints.manifest import faults, write_manifest
+from prefopt.checkpoints.manifest import faults, manifest_of, write_manifest
 from prefopt.checkpoints.publish import staged_model
 
 try:
@@ -26,8 +26,10 @@ __all__ = [
     "FolderInUseError",
     "NoLocksError",
     "checkpoints_in",
+    "checkpoints_of",
     "final_folder",
     "held",
+    "origin",
     "put_in_order",
     "put_in_place",
     "rotate",
@@ -72,14 +74,29 @@ def folders(run: Path) -> list[Path]:
     return sorted(path for path in run.iterdir() if path.is_dir()) if run.is_dir() else []
 
 
-def put_in_place(staging: Path, final: Path, step: int) -> None:
+def origin(checkpoint: Path) -> tuple[int, str] | None:
+    """When a checkpoint was written, in nanoseconds, and the name of the run it is of; None where no manifest says."""
+    try:
+        content = manifest_of(checkpoint)
+    except (OSError, ValueError):
+        return None
+    return content.get("written", 0), content.get("run", "")
+
+
+def checkpoints_of(run: Path, name: str) -> list[Path]:
+    """The checkpoints in a folder that are of the run of this name, good or not, the one written last first."""
+    found = [(came[0], path) for path in checkpoints_in(run).values() if (came := origin(path)) and came[1] == name]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def put_in_place(staging: Path, final: Path, step: int, name: str) -> None:
     """Make all that was written last, vouch for it, and give it its name.
 
     Where a checkpoint of that name is there already, it is set aside first: `put_in_order` finds at every moment the
     old or the new one.
     """
     files.sync_tree(staging)
-    write_manifest(staging, step)
+    write_manifest(staging, step, name)
     files.sync_folder(staging)
     move_in(staging, final)
 
@@ -108,20 +125,22 @@ def put_in_order(run: Path) -> None:
             files.remove_tree(path)
 
 
-def rotate(run: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete the oldest good checkpoints until ``limit`` are left.
+def rotate(run: Path, name: str, limit: int | None, keep: Iterable[Path]) -> None:
+    """Delete those good checkpoints of a run that were written first, until ``limit`` are left.
 
-    A damaged one is neither counted nor deleted: it takes no place of a good one, and may be all there is of its step.
+    Neither counted nor deleted are those of other runs, and damaged ones: such a one takes no place of a good one,
+    and may be all there is of its step.
 
     Args:
         run: the folder they lie in.
+        name: the run's.
         limit: how many good ones stay; None or 0 for all.
         keep: these stay whatever their age, the one that was just written among them.
     """
     if not limit or limit < 0:
         return
     kept = {path.resolve() for path in keep}
-    good = [path for path in checkpoints_in(run).values() if not faults(path, contents=False)]
+    good = [path for path in checkpoints_of(run, name) if not faults(path, contents=False)]
     others = [path for path in good if path.resolve() not in kept]
     num_others = max(0, limit - (len(good) - len(others)))
     for path in others[num_others:]:

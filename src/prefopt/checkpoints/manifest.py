@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ SEAL = "checksum"
 WORKERS = 8
 
 
-def write_manifest(folder: str | os.PathLike[str], step: int) -> None:
+def write_manifest(folder: str | os.PathLike[str], step: int, run: str = "") -> None:
     """Write the manifest of all files under a folder, and sync it.
 
     Args:
         folder: in which nothing else will be written.
         step: of the run, in optimizer steps.
+        run: the name of the run, which no other one has; none where it lies in no folder of a run.
     """
     paths = files_under(Path(folder))
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -40,6 +42,7 @@ def write_manifest(folder: str | os.PathLike[str], step: int) -> None:
         for path, found in zip(paths, checksums, strict=True)
     }
     content: dict[str, Any] = {"format": FORMAT, "algorithm": CHECKSUM, "step": step, "files": entries}
+    content |= {"run": run, "written": time.time_ns()}
     write_file(Path(folder, MANIFEST), json.dumps({**content, SEAL: seal(content)}, indent=1))
 
 

@@ -25,7 +25,7 @@ def checkpoint_bytes(model: nn.Module, optimizer: str | None, beside: Iterable[T
         adapter: of the model only what is trained is saved.
 
     Returns:
-        Bytes; weights as they are stored, the optimizer's values in their type or in 8 bits.
+        Bytes; weights as they are stored, the optimizer's values in their type, or in 8 or 4 bits.
     """
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -34,8 +34,9 @@ def checkpoint_bytes(model: nn.Module, optimizer: str | None, beside: Iterable[T
         return saved
     name = optimizer.lower()
     values = next((count for part, count in VALUES_PER_WEIGHT.items() if part in name), 0)
-    of_weights = sum(parameter.numel() for parameter in trained) if "8bit" in name else tensor_bytes(trained)
-    return saved + values * of_weights
+    bits = next((bits for bits in (4, 8) if f"{bits}bit" in name), None)
+    count = sum(parameter.numel() for parameter in trained)
+    return saved + values * (tensor_bytes(trained) if bits is None else count * bits // 8)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Handing a run over to ``accelerate launch``."""
+"""Handing a run over to ``accelerate launch``; as a program, that launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from prefopt.cli.run_file import nearest, read_yaml
 
-__all__ = ["LAUNCHED", "LaunchPlan", "accelerate_config_path", "launch", "leave", "plan_launch"]
+__all__ = ["LAUNCHED", "LaunchPlan", "accelerate_config_path", "launch", "launcher", "leave", "plan_launch"]
 
 LAUNCHED = "PREFOPT_LAUNCHED"
 """Environment variable of a process that was launched already."""
@@ -56,7 +56,7 @@ def plan_launch(method: str, arguments: Sequence[str], rest: Sequence[str]) -> L
             env["ACCELERATE_USE_CPU"] = "true"
         if "num_processes" not in settings and not _has(flags, "num_processes"):
             flags += ["--num_processes", str(max(1, _num_devices()))]
-    command = (sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "prefopt.cli.main", method, *arguments)
+    command = (sys.executable, "-m", "prefopt.cli.launch", *flags, "-m", "prefopt.cli.main", method, *arguments)
     return LaunchPlan(command, env)
 
 
@@ -64,6 +64,18 @@ def launch(plan: LaunchPlan) -> NoReturn:
     """Replaces this process by the launcher."""
     sys.stdout.flush()
     os.execve(plan.command[0], list(plan.command), {**os.environ, **plan.env})
+
+
+def launcher() -> int:
+    """Runs ``accelerate launch`` with this program's arguments; returns its status, which is 128 + N after signal N."""
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    try:
+        main()
+    except SignalException as stopped:  # it has waited for the ranks, and would end with status 1 and a traceback
+        return 128 + stopped.sigval
+    return 0
 
 
 def leave(status: int) -> NoReturn:
@@ -77,9 +89,7 @@ def leave(status: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # ends idle pools of threads, and waits for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -160,3 +170,7 @@ def _num_devices() -> int:
 
 def _has(flags: Sequence[str], name: str) -> bool:
     return any(flag.partition("=")[0].lstrip("-").replace("-", "_") == name for flag in flags)
+
+
+if __name__ == "__main__":
+    sys.exit(launcher())

@@ -13,8 +13,30 @@ import yaml
 
 __all__ = ["RunFile", "nearest", "read_run_file", "read_yaml", "without_config"]
 
-MAX_BYTES, MAX_NODES = 10_000_000, 100_000
+MAX_BYTES, MAX_NODES = 200_000, 20_000
 """Of a file of options."""
+MAX_DIGITS = 100
+"""Of a number; YAML's have base 60, too, which take the square of their length."""
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+class RefusedError(Exception):
+    """A file is not to be read; the message is what comes after its path."""
+
+
+class Loader(yaml.SafeLoader):
+    """Stops at the first node that is too many, and at numbers that are too long."""
+
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise RefusedError(f": has more than {MAX_NODES:,} entries")
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]
+        if isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and len(node.value) > MAX_DIGITS:
+            raise RefusedError(f":{node.start_mark.line + 1}: a number of {len(node.value):,} characters stands here")
+        return node
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The top level of a YAML file, and the line of each of its keys; dashes in keys are underscores.
 
     Nothing is built before the file is known to be small with all its aliases written out: a few lines of them may
-    stand for more than any memory holds.
+    stand for more than any memory holds. Reading ends with the first entry that is too many.
 
     Raises:
         ValueError: It is no valid YAML, no mapping, too large, nested too deep, or a key stands in a mapping twice.
@@ -63,10 +85,12 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     if size > MAX_BYTES:
         raise ValueError(f"{path}: has {size:,} bytes, more than the {MAX_BYTES:,} of a file of options")
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = Loader(Path(path).read_text(encoding="utf-8"))
         root = loader.get_single_node()
         problem = _problem(root)
         values = loader.construct_document(root) if problem is None else {}
+    except RefusedError as error:
+        raise ValueError(f"{path}{error}") from None
     except RecursionError:
         raise ValueError(f"{path}: is nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter of text, numbers and dates that are none

@@ -12,6 +12,7 @@ import prefopt
 from prefopt.cli.model_config import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from prefopt.cli.parser import PrefParser
 from prefopt.data import DatasetMixtureConfig, get_dataset, load_source
+from prefopt.data.image_roots import DEFAULT_ROOTS
 from prefopt.terminal import harmless
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.saving.masking import without_known_secrets
@@ -120,10 +121,11 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig, *, with_ev
 
 
 def image_roots(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
-    """The folders of the data sets that are on this machine: where their images lie."""
+    """The folders of the data sets that are on this machine, with the caches that all may use; none without such."""
     names = [config.path for config in mixture.datasets] or [str(script.dataset_name)]
     places = [Path(name).expanduser() for name in names]
-    return [str(place if place.is_dir() else place.parent) for place in places if place.exists()]
+    folders = [str(place if place.is_dir() else place.parent) for place in places if place.exists()]
+    return [*folders, *DEFAULT_ROOTS[1:]] if folders else []
 
 
 def train(trainer: Any, script: ScriptArguments) -> None:

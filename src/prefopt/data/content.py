@@ -59,8 +59,8 @@ def contents(column: pa.Array) -> Iterator[bytes]:
     """Of each row its value as bytes, which end where the value ends."""
     values = column.flatten() if pa.types.is_list(column.type) else None
     if values is None or pa.types.is_nested(values.type) or column.null_count:
-        for value in column.to_pylist():
-            yield repr(content_of(value)).encode()
+        for value in column:  # one at a time: of images a whole batch would be large
+            yield repr(content_of(value.as_py())).encode()
         return
     numbers = np.asarray(values)
     ends = np.cumsum(np.asarray(column.value_lengths()))
@@ -72,6 +72,8 @@ def content_of(value: Any) -> Any:
     """``value`` with images as what is known of them without their files' names."""
     if isinstance(value, list):
         return [content_of(item) for item in value]
+    if isinstance(value, bytes):
+        return len(value), xxhash.xxh3_128_digest(value)
     if not isinstance(value, Mapping):
         return value
     if value.keys() == {"bytes", "path"} and value["bytes"] is None:
@@ -80,8 +82,8 @@ def content_of(value: Any) -> Any:
 
 
 def end_of_file(path: str) -> tuple[int, bytes]:
-    """Size and last bytes."""
+    """Size, and a hash of the last bytes."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - END_OF_FILE))
-        return size, file.read()
+        return size, xxhash.xxh3_128_digest(file.read())

@@ -125,7 +125,9 @@ class TemplateProcess:
         return _read(reply)
 
     def _why_it_ended(self) -> str:
-        status = os.waitpid(self.pid, 0)[1]
+        status = 0
+        with suppress(ChildProcessError):  # whoever waits for all children has had it
+            status = os.waitpid(self.pid, 0)[1]
         self.pid = 0
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if number == signal.SIGPROF:
@@ -169,11 +171,10 @@ def _confine(limits: Limits, pipes: set[int]) -> None:
     for name in IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    start = 3
-    for pipe in sorted(pipes):
-        os.closerange(start, pipe)
-        start = pipe + 1
-    os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    for descriptor in map(int, os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")):
+        if descriptor > 2 and descriptor not in pipes:
+            with suppress(OSError):  # that of the list itself
+                os.close(descriptor)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing is written to files
     if sys.platform == "linux":

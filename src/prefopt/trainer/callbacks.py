@@ -23,7 +23,7 @@ from prefopt.reference import (
     swapped,
 )
 from prefopt.reference.weights import is_sharded
-from prefopt.trainer.sharding import gathered
+from prefopt.trainer.saving.sharded_states import whole_state
 
 __all__ = ["BEMACallback", "SyncReferenceCallback", "updates_reference"]
 
@@ -154,8 +154,9 @@ class BEMACallback(TrainerCallback):
         assert self.model is not None
         assert args.output_dir is not None
         with swapped(self.model, self.averaged_weights()) as model:
-            whole = {k: gathered(v) for k, v in model.state_dict().items()} if is_sharded(model) else None
-            if state.is_world_process_zero:
+            writes = state.is_world_process_zero
+            whole = whole_state(model.state_dict(), keep=writes) if is_sharded(model) else None
+            if writes:
                 model.save_pretrained(str(Path(args.output_dir) / "bema"), state_dict=whole)  # type: ignore[operator]
 
     def move_reference(self) -> None:
@@ -189,12 +190,12 @@ class BEMACallback(TrainerCallback):
         return {name: weight for name, weight in named_weights(self.model).items() if weight.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, for a checkpoint; empty before training. Collective where the model is divided among ranks."""
+        """The average, for a checkpoint, divided among the ranks as the model is; empty before training."""
         if self.average is None:
             return {}
         weights = self.trained_weights()
         parts = self.average.state_dict().items()
-        return {key: gathered(divided_like(part, weights[weight_name(key)])) for key, part in parts}
+        return {key: divided_like(part, weights[weight_name(key)]) for key, part in parts}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Let the training that begins next continue from `state_dict`."""

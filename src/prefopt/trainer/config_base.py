@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from transformers import TrainingArguments
 
 from prefopt.trainer.config_help import option
-from prefopt.trainer.config_rules import budget_warnings, metrics_mistakes, parse_json_options, rule_mistakes
+from prefopt.trainer.config_rules import (
+    budget_warnings,
+    metrics_mistakes,
+    optimizer_mistakes,
+    parse_json_options,
+    rule_mistakes,
+)
 from prefopt.trainer.given import Given, fresh_names
 from prefopt.trainer.kernels import kernel_warnings
 from prefopt.trainer.precision import resolve_precision
@@ -225,8 +231,8 @@ class PreferenceConfig(TrainingArguments):
         self.user_set = Given.of(names, values)
 
     def _combination_mistakes(self) -> list[str]:
-        """Mistakes that lie in two options together."""
-        return []
+        """Mistakes that lie in how options go with each other, or with the loop."""
+        return optimizer_mistakes(self)
 
     def _objective_mistakes(self) -> list[str]:
         from prefopt.objective import objective_mistakes

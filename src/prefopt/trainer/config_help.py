@@ -38,7 +38,7 @@ HELP = {
     "num_completions": "Most completions that a row ranks, in its column completions; 2: pairs.",
     "on_bad_row": "What a row with nothing to learn does: it is skipped and counted, or it stops the run.",
     "image_roots": "Folders, and beginnings of URLs, within which images must lie that the data name by path or URL. "
-    "Unset: the folder of the data set given on the command line, else the working directory.",
+    "Unset: the folder of the data set given on the command line, else the working directory, and the Hub's caches.",
     # Batches.
     "padding_free": "Batches without padding: the same as layout=packed.",
     "pad_to_multiple_of": "Pad the padded layout to a multiple of this many tokens. auto: 128 on Neuron, else nothing.",

@@ -15,6 +15,7 @@ __all__ = [
     "Rule",
     "budget_warnings",
     "metrics_mistakes",
+    "optimizer_mistakes",
     "parse_json_options",
     "rule_mistakes",
 ]
@@ -129,6 +130,18 @@ def _rule_of_field(spec: dataclasses.Field[Any]) -> Rule | None:
     if isinstance(spec.default, bool) and spec.type in ("bool", bool):
         return _flag(spec.default)
     return None
+
+
+def optimizer_mistakes(config: Any) -> list[str]:
+    """Optimizers that move a weight as soon as its gradient is there."""
+    name = str(getattr(config.optim, "value", config.optim))
+    if "lomo" not in name and not name.endswith("_layerwise"):
+        return []
+    return [
+        f"optim={name!r}: it moves the weights within the backward pass, for each micro-batch, before anyone can say "
+        "whether the step is finite; a step of several micro-batches would be several steps. Set 'adafactor' or "
+        "'adamw_8bit', which need little memory too, or another"
+    ]
 
 
 def metrics_mistakes(config: Any) -> list[str]:

@@ -14,7 +14,7 @@ from prefopt.reference import ModelReference, Precomputed
 from prefopt.reference.policy import AdapterOff, StartingWeights
 from prefopt.trainer.callbacks import BEMACallback, SyncReferenceCallback, updates_reference
 from prefopt.trainer.evaluation import EvaluatingTrainer
-from prefopt.trainer.sharding import gathered
+from prefopt.trainer.saving.sharded_states import whole_state
 
 __all__ = ["MovingTrainer", "has_reference_logps"]
 
@@ -102,7 +102,7 @@ class MovingTrainer(EvaluatingTrainer):
 
     def save_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write weights that may be divided among ranks; collective."""
-        whole = {name: gathered(tensor) for name, tensor in weights.items()}
+        whole = whole_state(dict(weights), keep=self.args.should_save)
         if self.args.should_save:
             write_tensors(whole, path)
 
@@ -110,8 +110,7 @@ class MovingTrainer(EvaluatingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.kept_reference is not None:
-            self.kept_reference.load_weights(read_tensors(Path(checkpoint, REFERENCE_FILE)))
+        self.load_reference(self.kept_reference, checkpoint)
         for name, callback in self.averages():
             if (path := Path(checkpoint, name)).is_file():
                 callback.load_state_dict(read_tensors(path))
@@ -121,9 +120,16 @@ class MovingTrainer(EvaluatingTrainer):
     def _load_best_model(self) -> None:
         """With the best policy comes the reference that it was compared with."""
         super()._load_best_model()
-        if self.moving_reference is not None:
-            best: Any = self.state.best_model_checkpoint
-            self.moving_reference.load_weights(read_tensors(Path(best, REFERENCE_FILE)))
+        self.load_reference(self.moving_reference, self.state.best_model_checkpoint)  # type: ignore[arg-type]
+
+    def load_reference(self, reference: ModelReference | None, folder: str) -> None:
+        """Give a reference the weights that a checkpoint has of it; one that did not move there stays as given."""
+        if reference is None:
+            return
+        if (path := Path(folder, REFERENCE_FILE)).is_file() or not self.changes:
+            reference.load_weights(read_tensors(path))
+        else:
+            logger.warning("%s is of a run whose reference did not move: it begins as it was given.", folder)
 
 
 def has_reference_logps(rows: Any) -> bool:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from prefopt.files import write_file
 from prefopt.objective import Objective
 from prefopt.trainer.saving.checkpointing import CheckpointingTrainer
-from prefopt.trainer.window import LogWindow, StepCount
+from prefopt.trainer.window import LogWindow
 
 __all__ = ["LoggingTrainer"]
 
@@ -62,10 +62,10 @@ class LoggingTrainer(CheckpointingTrainer):
             self.resumed_log = json.loads(path.read_text())
 
     def continue_log(self) -> None:
-        """After a resume: the running sums of the loss and the metrics, as they were when the checkpoint was made."""
+        """The running sums of the loss and the metrics, as they were when the checkpoint was made; none without one."""
         state, self.resumed_log = self.resumed_log, None
         if state is None:
-            self.window.run, self.window.first_logp = StepCount(), None
+            self.window = LogWindow()  # not what a run before it had gathered when it failed
             return
         self.window = LogWindow.restored(state["window"], self.args.device, keep_sums=self.args.process_index == 0)
         self._tr_loss.fill_(state["loss_since_log"])

@@ -26,6 +26,7 @@ from prefopt.files import write_file
 from prefopt.reference.weights import reshard
 from prefopt.trainer.ending.signals import Request, Signals
 from prefopt.trainer.guards.guarding import GuardedTrainer
+from prefopt.trainer.guards.out_of_memory import any_rank
 
 __all__ = ["InterruptibleTrainer", "LeftEarly"]
 
@@ -60,13 +61,13 @@ class InterruptibleTrainer(GuardedTrainer):
     def start_window(self) -> None:
         super().start_window()
         self.signals = Signals()
-        self.agreed_request = int(Request.NOTHING)
         self.may_leave = False
         self.reset_boundary(None, None, None)
         drop_own_handler(self.callback_handler)
 
     def reset_boundary(self, resumed_from: str | None, trial: Any, ignored: Any) -> None:
-        """A run begins: nothing is saved, left or done yet."""
+        """A run begins: nothing is asked, saved, left or done yet."""
+        self.agreed_request = int(Request.NOTHING)
         self.resumed_from, self.trial_of_run, self.ignored_keys = resumed_from, trial, ignored
         self.saved_step: int | None = None
         self.begun = False
@@ -91,8 +92,9 @@ class InterruptibleTrainer(GuardedTrainer):
         return Request.STOP if stop else Request.SAVE if save else Request.NOTHING
 
     def is_left(self) -> bool:
-        """Whether the run is to stop, where it does what it may leave; collective."""
-        return self.may_leave and self.agreed() is Request.STOP
+        """Whether the run is to stop, where it does what it may leave; collective, and no device is waited for."""
+        wanted = self.signals.request is Request.STOP
+        return self.may_leave and (wanted if self.args.world_size == 1 else any_rank(wanted))
 
     def request_of_step(self) -> Request:
         """The same at a step boundary, where the step's own reduction has brought it."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.files import append_line, rename, replace_file
-from prefopt.trainer.saving.masking import without_secrets
+from prefopt.trainer.saving.masking import without_known_secrets, without_secrets
 
 __all__ = [
     "CURVES",
@@ -41,7 +42,7 @@ __all__ = [
 
 METRICS, RUN, CURVES = "metrics.jsonl", "run.json", "curves.png"
 NOT_FINITE = "not_finite"
-"""Key of a row: metric -> ``nan``, ``inf`` or ``-inf``. The metric itself is null, as JSON has no such numbers."""
+"""Key of a row: metric -> ``nan``, ``inf`` or ``-inf``. The number itself is null, as JSON has no such numbers."""
 PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "datasets", "peft")
 LONGEST = 4000
 """Characters of an exception's message that are kept."""
@@ -56,22 +57,38 @@ def now() -> str:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a logged row, with the time, as strict JSON."""
-    odd = {name: str(float(value)) for name, value in row.items() if is_not_finite(value)}
-    finite = {name: None if name in odd else value for name, value in row.items()}
-    whole = (
-        {"step": row["step"], "epoch": row.get("epoch"), "time": now()} | finite | ({NOT_FINITE: odd} if odd else {})
-    )
+    odd: dict[str, str] = {}
+    values = {name: as_json(value, name, odd) for name, value in row.items()}
+    whole = {"step": row["step"], "epoch": row.get("epoch"), "time": now()} | values
     path.parent.mkdir(parents=True, exist_ok=True)
-    append_line(path, json.dumps(whole, allow_nan=False, default=plain))
+    append_line(path, json.dumps(whole | ({NOT_FINITE: odd} if odd else {}), allow_nan=False))
 
 
-def is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def as_json(value: Any, name: str, odd: dict[str, str]) -> Any:
+    """``value`` in JSON's types, however deep; what is neither a number nor a container is text.
 
-
-def plain(value: Any) -> Any:
-    """A number of numpy's or torch's as Python's; anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    Args:
+        value: of Python, numpy or torch.
+        name: of the metric; of what lies within, with its keys and places: ``per_class.0``.
+        odd: takes the names of numbers that are not finite, which become null.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        odd[name] = str(number)
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item, f"{name}.{key}", odd) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item, f"{name}.{place}", odd) for place, item in enumerate(value)]
+    if hasattr(value, "tolist") and not isinstance(value, numbers.Complex):
+        return as_json(value.tolist(), name, odd)
+    return str(value)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -135,7 +152,7 @@ def reason(error: BaseException) -> dict[str, Any]:
     """Why a run ended, of the exception that ended it."""
     received = getattr(error, "signal", None)
     known = {"signal": getattr(received, "name", None), "rows": getattr(error, "rows", None)}
-    found = {"type": type(error).__name__, "message": str(error)[:LONGEST]}
+    found = {"type": type(error).__name__, "message": without_known_secrets(str(error))[:LONGEST]}
     return found | {name: value for name, value in known.items() if value is not None}
 
 

@@ -42,6 +42,15 @@ VARIABLE = "PREFOPT_CURVES"
 """``off``: no ``curves.png`` is drawn."""
 
 
+@contextmanager
+def warned(path: Path) -> Iterator[None]:
+    """A file of the record that cannot be written, on a full disk for example, changes nothing of the run's end."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s was not written: %s. The run goes on, or ends as it would have.", path, error)
+
+
 class Record:
     """The files of one call of ``train()``, on its main process.
 
@@ -81,7 +90,8 @@ class Record:
         """Write ``values`` into ``run.json``."""
         self.values.update(values)
         self.values["resume"] = TO_GO_ON if self.values["checkpoint"] else None
-        write_run(self.folder / RUN, self.values)
+        with warned(self.folder / RUN):
+            write_run(self.folder / RUN, self.values)
 
     def begin_rows(self, step: int, num_at_step: int, before: Sequence[dict[str, Any]]) -> None:
         """The file of rows, for a run that begins at ``step``.
@@ -103,25 +113,28 @@ class Record:
             self.add(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        append_row(self.folder / METRICS, row)
+        with warned(self.folder / METRICS):
+            append_row(self.folder / METRICS, row)
 
     def end(self, status: str, steps: int, checkpoint: str | None, error: BaseException | None) -> None:
-        """The last word, and the curves. Not in a folder that belongs to another run."""
-        if isinstance(error, FolderInUseError):
+        """The last word, and the curves. Not in a folder that belongs to another run, also an earlier one that is left
+        as it was, as where a resume is refused."""
+        earlier = not self.has_begun and (self.folder / RUN).is_file()
+        if earlier or isinstance(error, FolderInUseError):
             return
         why = None if error is None else {**reason(error), "step": steps}
         self.note(status=status, reason=why, ended=now(), steps=steps, checkpoint=checkpoint)
-        self.draw_curves()
+        if self.has_rows:
+            self.draw_curves()
 
     def draw_curves(self) -> None:
         """Draw ``curves.png``; what goes wrong there is no failure of the run."""
-        rows = [] if os.environ.get(VARIABLE) == "off" else read_rows(self.folder / METRICS)
-        if not rows:
+        if os.environ.get(VARIABLE) == "off":
             return
         try:
-            replace_file(
-                self.folder / CURVES, png(draw(rows, f"{self.values['method'].upper()}, {self.values['status']}"))
-            )
+            if rows := read_rows(self.folder / METRICS):
+                title = f"{self.values['method'].upper()}, {self.values['status']}"
+                replace_file(self.folder / CURVES, png(draw(rows, title)))
         except Exception as error:
             logger.warning("%s was not drawn: %r", self.folder / CURVES, error)
 

@@ -64,7 +64,8 @@ class Signals:
     def handled(self) -> Iterator[None]:
         """Signals are requests within; only Python's main thread may say so, elsewhere nothing changes.
 
-        A signal that is ignored stays ignored, and a handler of the user's is called after ours.
+        A signal that is ignored stays ignored, and a handler of the user's is called after ours. A signal to stop that
+        comes too late for the run, which ends as if there was none, then does what it does without us.
         """
         self.stop, self.wants_checkpoint, self.before = None, False, {}
         if threading.current_thread() is not threading.main_thread():
@@ -80,6 +81,8 @@ class Signals:
         finally:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
+        if self.stop is not None and self.before[self.stop] in DEFAULTS:  # a handler of the user's was called already
+            signal.raise_signal(self.stop)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The handler: notes what is asked, or stops at once where it was asked before."""
@@ -113,7 +116,7 @@ class Interruption(BaseException):
         after = f"after step {step}" if step else "before the first step was done"
         saved = f"The checkpoint is {checkpoint}; to go on: {TO_GO_ON}." if checkpoint else "There is no checkpoint."
         self.message = " ".join(filter(None, [f"{self.signal.name} was received: stopped {after}.", detail, saved]))
-        super().__init__(self.message)
+        super().__init__(step, checkpoint, detail)  # what it is made with again where it is unpickled
 
     def __str__(self) -> str:
         return self.message

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from prefopt.reference.fingerprints import own_part
+
 __all__ = [
     "Finding",
     "NonFiniteStepError",
     "all_finite",
     "describe",
-    "local_part",
     "not_finite",
     "say_what_is_not_finite",
 ]
@@ -41,6 +42,9 @@ class NonFiniteStepError(ArithmeticError):
     def __init__(self, message: str, step: int, rows: Sequence[int] = (), folder: Path | None = None) -> None:
         super().__init__(message)
         self.step, self.rows, self.folder = step, tuple(rows), folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.step, self.rows, self.folder)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, dict[s
     """Name -> how many numbers are NaN and infinite, of how many; of those tensors that have one."""
     found = {}
     for name, tensor in tensors:
-        part = None if tensor is None else local_part(tensor.detach())
+        part = None if tensor is None else own_part(tensor).detach()
         if part is None or not part.is_floating_point() or bool(part.isfinite().all()):
             continue
         found[name] = {"nan": int(part.isnan().sum()), "inf": int(part.isinf().sum()), "of": part.numel()}
@@ -80,13 +84,8 @@ def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, dict[s
 
 def all_finite(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether every trained weight that lies on this rank is finite: one pass, with one number as its result."""
-    parts = [local_part(p.detach()) for p in parameters if p.requires_grad]
+    parts = [own_part(p).detach() for p in parameters if p.requires_grad]
     return bool(get_total_norm([part for part in parts if part.numel()], norm_type=math.inf).isfinite())
-
-
-def local_part(tensor: Any) -> Tensor:
-    """What lies on this rank of a tensor that may be divided."""
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def describe(step: int, findings: Sequence[Finding], loss_is_finite: bool, grad_norm: float, saved: Path | str) -> str:

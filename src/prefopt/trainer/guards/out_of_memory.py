@@ -174,6 +174,8 @@ def until_it_fits(
 def release_memory() -> None:
     """Give back what the failed attempt held: cycles in the graph, and the allocator's cache."""
     release_buffers()
+    with torch.enable_grad():  # autograd's queue keeps the rest of a backward pass that failed until the next one
+        torch.zeros(1, requires_grad=True).sum().backward()
     gc.collect()
     clear_device_cache()
 

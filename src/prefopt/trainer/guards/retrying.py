@@ -47,6 +47,11 @@ class RetryingTrainer(StepTrainer):
         super().start_window()
         self.train_cut, self.eval_cut = MicroBatchCut(self.memory_advice), MicroBatchCut(self.memory_advice)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``transformers.Trainer.train``; a run begins with micro-batches as its options say."""
+        self.train_cut.parts = self.eval_cut.parts = 1
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The step, as often as it takes until it fits; see `StepTrainer.training_step`."""
         self.begin_step()
@@ -140,15 +145,15 @@ class RetryingTrainer(StepTrainer):
     # -- messages ------------------------------------------------------------------------------------------------
 
     def smaller_batches(self) -> str:
-        """How to ask for micro-batches of half the size, with the same pairs per step."""
+        """How to ask for smaller micro-batches, with the same pairs per step."""
         args = self.args
         if args.tokens_per_batch is not None:
             return f"Set tokens_per_batch={max(1, args.tokens_per_batch // 2)}."
         if (size := self._train_batch_size) > 1:
-            half = size // 2
+            smaller = max(part for part in range(1, size) if size % part == 0)
             return (
-                f"Set per_device_train_batch_size={half}, gradient_accumulation_steps="
-                f"{-(-size * self.accumulation // half)}."
+                f"Set per_device_train_batch_size={smaller}, gradient_accumulation_steps="
+                f"{size // smaller * self.accumulation}."
             )
         return "A micro-batch has one pair already."
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
@@ -15,9 +16,10 @@ from transformers.trainer_callback import ExportableState
 from prefopt.checkpoints.folder import (
     FolderInUseError,
     NoLocksError,
-    checkpoints_in,
+    checkpoints_of,
     final_folder,
     held,
+    origin,
     put_in_order,
     put_in_place,
     rotate,
@@ -38,7 +40,7 @@ from prefopt.trainer.saving.continuation import (
     write_continuation,
 )
 from prefopt.trainer.saving.new_settings import new_settings_acting
-from prefopt.trainer.saving.resuming import STATE_FILE, chosen_checkpoint, raise_together
+from prefopt.trainer.saving.resuming import STATE_FILE, chosen_checkpoint, from_main, raise_together
 from prefopt.trainer.saving.states import StatesTrainer
 
 __all__ = ["CheckpointNotWrittenError", "CheckpointingTrainer"]
@@ -60,6 +62,8 @@ class CheckpointingTrainer(StatesTrainer):
     args: PreferenceConfig
     staging: Path | None = None
     """The folder that a checkpoint is being written to."""
+    run_id: str = ""
+    """By which its checkpoints are known among those of other runs in one folder; a run that goes on keeps it."""
     beginning: Beginning | None = None
     """What the run began with, while it goes on."""
     changes: Mapping[str, tuple[Any, Any]] = {}
@@ -82,7 +86,7 @@ class CheckpointingTrainer(StatesTrainer):
             ValueError: the checkpoint is damaged, or all are; or it is one of another run.
             FolderInUseError: another process writes its checkpoints to the same folder.
         """
-        run = Path(self._get_output_dir(trial))
+        run, self.beginning = Path(self._get_output_dir(trial)), None
         with self.holding(run):
             folder = chosen_checkpoint(self.args, resume_from_checkpoint, run)
             if folder is not None and foreign_checkpoint(folder):
@@ -92,6 +96,8 @@ class CheckpointingTrainer(StatesTrainer):
                 check_continuation(self, folder)
                 if self.is_world_process_zero():
                     logger.info("The run goes on from %s.", folder)
+            came = None if folder is None else origin(Path(folder))
+            self.run_id = from_main((came and came[1]) or uuid4().hex)
             return super().train(folder, trial, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +151,7 @@ class CheckpointingTrainer(StatesTrainer):
         times = (
             -(-steps // state.save_steps) if args.save_strategy == "steps" and state.save_steps else 2
         )  # last step too
-        num_needed = max(1, min(2, times) - len(checkpoints_in(run)))
+        num_needed = max(1, min(2, times) - len(checkpoints_of(run, self.run_id)))
         free = free_bytes(run)
         if num_needed * one <= free:
             return None
@@ -174,13 +180,13 @@ class CheckpointingTrainer(StatesTrainer):
             self.store_flos()
         run, step = Path(self._get_output_dir(trial)), self.state.global_step
         final, best = final_folder(run, step), final_folder(run, self.state.best_global_step or -1)
-        if best == final or best.is_dir():
+        if best == final or best in checkpoints_of(run, self.run_id):
             self.state.best_model_checkpoint = str(best)
         with self.whole_or_not_at_all(run, step):
             self.write_checkpoint(staging_folder(run, step))
             if self.args.should_save:
-                put_in_place(staging_folder(run, step), final, step)
-                rotate(run, self.args.save_total_limit, self.kept(final))
+                put_in_place(staging_folder(run, step), final, step, self.run_id)
+                rotate(run, self.run_id, self.args.save_total_limit, self.kept(final))
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -218,8 +224,9 @@ class CheckpointingTrainer(StatesTrainer):
             yield
         except BaseException as error:
             with suppress(OSError):  # what failed once may fail again, and the next start puts the folder in order too
-                remove_tree(staging_folder(run, step))
-                put_in_order(run)
+                if self.args.should_save:  # other ranks know nothing of where a save is
+                    remove_tree(staging_folder(run, step))
+                    put_in_order(run)
             if is_of_the_disk(error):
                 raise CheckpointNotWrittenError(self.not_written(run, step, error)) from error
             raise
@@ -227,11 +234,11 @@ class CheckpointingTrainer(StatesTrainer):
             self.staging = None
 
     def not_written(self, run: Path, step: int, error: BaseException) -> str:
-        good = [path for path in checkpoints_in(run).values() if not faults(path)]
+        good = next((path for path in checkpoints_of(run, self.run_id) if not faults(path)), None)
         return (
             f"Step {step}: the checkpoint could not be written to {final_folder(run, step)}: "
             f"{error}. {in_words(free_bytes(run))} are free there. What was written of it is "
-            f"removed; {f'the last good checkpoint is {good[0]}' if good else 'there is no checkpoint yet'}. The run "
+            f"removed; {f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'}. The run "
             "stops here. Make room (`save_total_limit` keeps fewer checkpoints), then go on with "
             "`resume_from_checkpoint=True`."
         )
@@ -281,7 +288,7 @@ class CheckpointingTrainer(StatesTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save and self.args.save_strategy != "no" and not found:
-            rotate(Path(self._get_output_dir(trial)), limit, self.kept())
+            rotate(Path(self._get_output_dir(trial)), self.run_id, limit, self.kept())
         return output
 
 

@@ -46,6 +46,10 @@ STATE = "continuation"
 """The name of the state in a checkpoint, `write_state`."""
 WIDTH = 60
 """Characters of a value in the table."""
+FINGERPRINTS = ("model: weights that are not trained", "reference: weights")
+"""Places of facts that are not known where weights are divided."""
+ABSENT = "-"
+"""In the table, of what only the other run has."""
 PROCESSING, DATA = "processing: ", "data: "
 """What the places of facts begin with that act through the rows, and that are about them."""
 
@@ -90,7 +94,7 @@ def arguments(args: PreferenceConfig) -> dict[str, Any]:
 def begun(trainer: Any) -> Iterator[None]:
     """A run, from after its model was made until it ends: checkpoints of it know what it began with."""
     begin_from_foreign(trainer)
-    if trainer.args.should_save:
+    if trainer.args.should_save and trainer.beginning is None:  # `check_continuation` may have made it
         trainer.beginning = beginning(trainer)
     try:
         yield
@@ -144,9 +148,11 @@ def check_continuation(trainer: Any, folder: str | Path) -> None:
 
 def compared(trainer: Any, state: dict[str, Any]) -> tuple[list[Difference], list[Difference], list[str]]:
     """What would give other numbers, another length of the run, and what is only said."""
-    now = beginning(trainer)
+    now = trainer.beginning = beginning(trainer)
     was = Beginning(state["options"], state["facts"], state["rows"])
     differences = option_differences(was, now, Change.REFUSED) + fact_differences(was, now)
+    if state["versions"] == versions():
+        differences += one_sided(was, now)
     rows = row_difference(was.rows, now.rows, trainer.train_dataset)
     if rows is not None:
         differences.append(("data: rows", *rows))
@@ -161,12 +167,29 @@ def option_differences(was: Beginning, now: Beginning, change: Change) -> list[D
 
 
 def fact_differences(was: Beginning, now: Beginning) -> list[Difference]:
-    """Facts that only one of the two knows are left out: weights that are divided, configs of another version."""
+    """Facts that both know and that differ."""
     return [
         (place, was.facts[place], value)
         for place, value in now.facts.items()
         if not place.startswith(PROCESSING) and place in was.facts and was.facts[place] != value
     ]
+
+
+def one_sided(was: Beginning, now: Beginning) -> list[Difference]:
+    """What only one of the two has of a thing that both have, such as an entry of a config. Not for other versions of
+    the libraries, of which the configs have other entries.
+    """
+    both = things(was.facts) & things(now.facts)
+    return [
+        (place, was.facts.get(place, ABSENT), now.facts.get(place, ABSENT))
+        for place in sorted(was.facts.keys() ^ now.facts.keys())
+        if not place.startswith(PROCESSING) and place not in FINGERPRINTS and place.rpartition(": ")[0] in both
+    ]
+
+
+def things(facts: dict[str, Any]) -> set[str]:
+    """Places that have a value, or other places in them."""
+    return facts.keys() | {place.rpartition(": ")[0] for place in facts}
 
 
 def causes(was: Beginning, now: Beginning) -> list[Difference]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from enum import Enum
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -75,14 +77,12 @@ def model_facts(model: Any) -> dict[str, Any]:
     own = {id(parameter) for _, module in adapter_modules(model) for parameter in adapter_parameters(module)}
     trained = sorted(base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad)
     frozen = weights_fingerprint(
-        (base_name(name), parameter)
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and id(parameter) not in own
+        (name, tensor) for name, tensor in used_tensors(model) if not tensor.requires_grad and id(tensor) not in own
     )
     adapters = model.peft_config if is_peft(model) else {}
     return {
         "class": type(inner).__name__,
-        "config": {k: v for k, v in plain(inner.config.to_dict()).items() if k not in IRRELEVANT | SPECIAL_TOKENS},
+        "config": without(plain(inner.config.to_dict()), IRRELEVANT | SPECIAL_TOKENS),
         "dtype": str(inner.dtype),
         "trained weights": {"number": len(trained), "names": xxh3_64_hexdigest("\n".join(trained).encode())},
         **known("weights that are not trained", frozen),
@@ -90,6 +90,15 @@ def model_facts(model: Any) -> dict[str, Any]:
             "names": ", ".join(sorted(adapters)) or "none",
             **{name: adapter_facts(config) for name, config in adapters.items()},
         },
+    }
+
+
+def without(config: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """A config without entries of these names, those of its parts neither."""
+    return {
+        name: without(value, names) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in names
     }
 
 
@@ -143,20 +152,21 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes: said where they differ, never refused."""
+    """Of what computes, and of what knows the configs: said where they differ, never refused."""
     return {
         "prefopt": prefopt.__version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        **({"peft": version("peft")} if find_spec("peft") else {}),
     }
 
 
 def flat(facts: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested facts as place -> value."""
+    """Nested facts as place -> value; an empty dict is a value."""
     found: dict[str, Any] = {}
     for name, value in facts.items():
         place = f"{above}{name}"
-        found |= flat(value, f"{place}: ") if isinstance(value, dict) else {place: value}
+        found |= flat(value, f"{place}: ") if isinstance(value, dict) and value else {place: value}
     return found
 
 

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 
-__all__ = ["needs_new_optimizer", "new_settings_acting"]
+__all__ = ["begin_schedule", "has_new_schedule", "needs_new_optimizer", "new_settings_acting"]
 
 OF_A_GROUP = ("weight_decay", "betas", "eps", "momentum", "alpha")
 """Settings of an optimizer that its state holds beside what it has learnt."""
 OTHER_OPTIMIZER = ("optim", "optim_target_modules", "optimizer: kind")
+OTHER_SCHEDULE = ("lr_scheduler_type", "scheduler")
 
 
 def needs_new_optimizer(changes: Mapping[str, Any]) -> bool:
     """Whether what the checkpoint's optimizer has learnt is of no use to the run's."""
     return any(name in changes for name in OTHER_OPTIMIZER)
+
+
+def has_new_schedule(changes: Mapping[str, Any]) -> bool:
+    """Whether the learning rate follows another schedule than the checkpoint's run."""
+    return any(name in changes for name in OTHER_SCHEDULE)
+
+
+def begin_schedule(scheduler: Any, state: Path) -> None:
+    """A schedule whose state the checkpoint's is not: as it is at that step, or new where it is no function of it.
+
+    Args:
+        scheduler: made for this run.
+        state: the file with the checkpoint's step.
+    """
+    if isinstance(scheduler, LambdaLR):
+        scheduler.last_epoch = TrainerState.load_from_json(str(state)).global_step
+        scheduler._step_count = scheduler.last_epoch + 1
 
 
 @contextmanager
@@ -42,6 +62,8 @@ def new_settings_acting(optimizer: Any, scheduler: Any, changes: Mapping[str, tu
         if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs[number] = group["initial_lr"] = rate
             group["lr"] = rate * scheduler.lr_lambdas[number](scheduler.last_epoch)
+        elif has_new_schedule(changes):
+            group["lr"] = rate
         elif was:
             group["lr"] *= now / was
     scheduler._last_lr = [group["lr"] for group in groups]

@@ -8,12 +8,12 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from prefopt.checkpoints.folder import checkpoints_in, final_folder
-from prefopt.checkpoints.manifest import MANIFEST, faults
+from prefopt.checkpoints.folder import checkpoints_in, final_folder, origin
+from prefopt.checkpoints.manifest import faults
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.saving.continuation import foreign_checkpoint
 
-__all__ = ["STATE_FILE", "chosen_checkpoint", "raise_together"]
+__all__ = ["STATE_FILE", "chosen_checkpoint", "from_main", "raise_together"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def chosen_checkpoint(args: PreferenceConfig, given: Any, run: Path) -> str | No
     if wanted is True:
         return newest(args, run, may_begin=True)
     folder = Path(from_main(str(existing(Path(wanted), run))))
-    if from_main(not is_checkpoint(folder) and bool(checkpoints_in(folder))):
+    if from_main(bool(checkpoints_in(folder))):
         return newest(args, folder, may_begin=False)
     found = faults_anywhere(args, folder)
     if found and not from_main(foreign_checkpoint(folder)):
@@ -56,20 +56,17 @@ def existing(path: Path, run: Path) -> Path:
     return path if path.is_dir() or not (run / path).is_dir() else run / path
 
 
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / STATE_FILE).is_file() or (folder / MANIFEST).is_file()
-
-
 def newest(args: PreferenceConfig, run: Path, *, may_begin: bool) -> str | None:
-    """The newest good checkpoint in ``run``; those that are passed over are named.
+    """The good checkpoint in ``run`` that was written last; those that are passed over are named.
 
-    One of another library counts where there is none of prefopt's own.
+    Of several runs in one folder it is one of that which has written last. A checkpoint of another library counts
+    where there is none of prefopt's own.
 
     Raises:
         ValueError: there are checkpoints, and none is good; or none, and the run may not begin.
     """
     passed: dict[Path, list[str]] = {}
-    for step in sorted(set(gather_object([*checkpoints_in(run)] if args.should_save else [])), reverse=True):
+    for step in steps_to_try(gather_object(origins(run) if args.should_save else [])):
         folder = final_folder(run, step)
         if not (found := faults_anywhere(args, folder)):
             say(args, passed)
@@ -90,9 +87,28 @@ def newest(args: PreferenceConfig, run: Path, *, may_begin: bool) -> str | None:
     return None
 
 
+def origins(run: Path) -> list[tuple[int, tuple[int, str] | None]]:
+    """Of each checkpoint its step and its `origin`."""
+    return [(step, origin(folder)) for step, folder in checkpoints_in(run).items()]
+
+
+def steps_to_try(found: list[tuple[int, tuple[int, str] | None]]) -> list[int]:
+    """Steps of the run that has written last, its last checkpoint first.
+
+    Before them those of which no manifest says whose they are: they are damaged, and are to be named.
+    """
+    known = {step: came for step, came in sorted(found, key=lambda item: item[1] or ()) if came is not None}
+    unknown = sorted({step for step, _ in found} - known.keys(), reverse=True)
+    last = max(known.values(), default=(0, ""))[1]
+    latest = sorted(known.items(), key=lambda item: item[1], reverse=True)
+    return unknown + [step for step, came in latest if came[1] == last]
+
+
 def say(args: PreferenceConfig, passed: dict[Path, list[str]]) -> None:
     if args.process_index == 0:
         for folder, found in passed.items():
+            if foreign_checkpoint(folder):
+                continue
             logger.warning("%s is damaged and passed over: %s.", folder, listed(found))
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "save_sharded",
     "taking_whole_weights",
     "use_whole_weights",
+    "whole_state",
     "without_copies",
 ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,8 +19,9 @@ from prefopt.checkpoints.manifest import write_manifest
 from prefopt.checkpoints.rng import rng_state, seed_rng, set_rng_state
 from prefopt.checkpoints.tensors import has_state, read_state, write_state
 from prefopt.reference.adapters import is_peft
-from prefopt.trainer.saving.adapter_files import load_adapter_weights
+from prefopt.trainer.saving.adapter_files import load_adapter_weights, save_ranks
 from prefopt.trainer.saving.continuation import write_arguments
+from prefopt.trainer.saving.new_settings import begin_schedule, has_new_schedule
 from prefopt.trainer.saving.pushing import push_checkpoint
 from prefopt.trainer.saving.sharded_states import (
     OPTIMIZER,
@@ -26,6 +29,7 @@ from prefopt.trainer.saving.sharded_states import (
     save_sharded,
     taking_whole_weights,
     use_whole_weights,
+    whole_state,
     without_copies,
 )
 from prefopt.trainer.saving.weight_files import load_weights
@@ -52,13 +56,19 @@ class StatesTrainer(Trainer):
     accelerator: Any
     another_optimizer: bool = False
     """Whether the optimizer is of another kind than the checkpoint's, which was allowed."""
+    changes: Mapping[str, tuple[Any, Any]] = {}
+    """What differs from the run that this one continues, where that is allowed: as it was, as it is."""
 
     # -- weights -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model for ``from_pretrained``, whole wherever ranks divide it."""
         use_whole_weights(self.accelerator)
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:  # transformers gives it to one rank alone, and with `save_on_each_node` several write
+            state = whole_state(get_model_state_dict(self.model), keep=self.args.should_save)
+            self._save(output_dir, state_dict=state)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         use_whole_weights(self.accelerator)  # what cannot be saved so is refused before the first step
@@ -71,7 +81,7 @@ class StatesTrainer(Trainer):
             return  # other ranks are needed where each has a part of the model
         if writes:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            logger.info("Saving the model to %s", folder)
+            logger.debug("Saving the model to %s", folder)
             files.announce("write", Path(folder, "model"))
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if state_dict is not None:
@@ -79,6 +89,7 @@ class StatesTrainer(Trainer):
         with saving_here(model):
             model.save_pretrained(folder, state_dict=state_dict, is_main_process=writes)
         if writes:
+            save_ranks(model, state_dict, folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
             write_arguments(self.args, folder)
@@ -131,7 +142,11 @@ class StatesTrainer(Trainer):
             load_sharded(self, checkpoint)
         else:
             load_exactly(self.optimizer, read_state(checkpoint, OPTIMIZER))
-        self.lr_scheduler.load_state_dict(read_state(checkpoint, SCHEDULER))
+        schedule = read_state(checkpoint, SCHEDULER)
+        if has_new_schedule(self.changes) and schedule.keys() != without_code(self.lr_scheduler.state_dict()).keys():
+            begin_schedule(self.lr_scheduler, Path(checkpoint, TRAINER_STATE_NAME))
+        else:
+            self.lr_scheduler.load_state_dict(schedule)
 
     @property
     def scaler(self) -> Any:
@@ -198,7 +213,7 @@ def load_exactly(optimizer: Any, state: dict[str, Any]) -> None:
     """
     optimizer.load_state_dict(state)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entries in state["state"].items():
+    for index, entries in state.get("state", {}).items():  # a user's optimizer may name its parts otherwise
         loaded = optimizer.state[parameters[index]]
         for name, value in entries.items():
             found = loaded.get(name)

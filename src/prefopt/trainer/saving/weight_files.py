@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -69,9 +70,10 @@ def read_weights(model: Any, folder: str | Path) -> dict[str, Tensor]:
         # Transformers keeps some models, those with experts above all, under other names and in other pieces on the
         # disk. Its loader puts them together; float32 holds every type that the copy into the model may have.
         del saved
-        made = type(model).from_pretrained(
-            folder, config=model.config, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # else other ranks than the first get zeros
+            made = type(model).from_pretrained(
+                folder, config=model.config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
         saved = dict(made.state_dict())
     refuse_others(model, saved, folder)
     return saved
