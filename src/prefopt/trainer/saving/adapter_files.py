@@ -28,7 +28,7 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 """PEFT's names for the averages by which the ranks are allocated."""
 
 
-def base_of_adapter(name: str | Path, **hub: Any) -> tuple[str, str | None] | None:
+def base_of_adapter(name: str | os.PathLike[str], **hub: Any) -> tuple[str, str | None] | None:
     """Name and revision of the model that an adapter's folder or repository belongs to; None for whole models.
 
     Args:
@@ -53,7 +53,7 @@ def base_of_adapter(name: str | Path, **hub: Any) -> tuple[str, str | None] | No
     return base, config.get("revision")
 
 
-def with_saved_adapter(base: Any, name: str | Path, **hub: Any) -> Any:
+def with_saved_adapter(base: Any, name: str | os.PathLike[str], **hub: Any) -> Any:
     """The base model with the adapter of a folder or repository, which is trained further."""
     from peft import PeftModel
 
