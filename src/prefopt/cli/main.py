@@ -21,7 +21,7 @@ when it first allocates."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a mistake in what the user gave, 128 + N after signal N."""
+    """Runs one command; returns the exit status: 0, 2 for what is the user's to mend, 128 + N after signal N."""
     os.environ.setdefault(LARGE_PAGES, "1")
     sys.excepthook = _show_failure
     command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -53,7 +53,8 @@ def _show_failure(kind: type[BaseException], error: BaseException, trace: Traceb
 
 
 class UserError(Exception):
-    """A mistake in the command line, a run file or the data: one message; PREFOPT_TRACEBACK=1 shows the traceback."""
+    """A mistake in the command line, a run file or the data, or an end of a run that says what to do: one message;
+    PREFOPT_TRACEBACK=1 shows the traceback."""
 
 
 @contextmanager
@@ -83,6 +84,15 @@ def _run(command: str, arguments: list[str]) -> int:
     from prefopt.cli.run_file import nearest
 
     raise UserError(f"there is no command {command!r}{nearest(command, COMMANDS)}; see prefopt --help")
+
+
+def _ends_that_say_what_to_do() -> tuple[type[Exception], ...]:
+    from prefopt.trainer.guards.nonfinite import NonFiniteStepError
+    from prefopt.trainer.guards.out_of_memory import MicroBatchMemoryError
+    from prefopt.trainer.saving.checkpointing import CheckpointNotWrittenError, FolderInUseError
+    from prefopt.trainer.saving.continuation import ResumeError
+
+    return CheckpointNotWrittenError, FolderInUseError, MicroBatchMemoryError, NonFiniteStepError, ResumeError
 
 
 def _train_file(arguments: list[str]) -> int:
@@ -131,6 +141,8 @@ def _train(method: str, arguments: list[str]) -> int:
         train(trainer, configs[0])
     except (InterruptedRun, TerminatedRun) as stopped:  # the run has said what is to be said
         return 128 + stopped.signal
+    except _ends_that_say_what_to_do() as error:
+        raise UserError(str(error)) from error
     return 0
 
 

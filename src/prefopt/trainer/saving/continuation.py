@@ -30,6 +30,7 @@ from prefopt.trainer.saving.row_changes import row_difference
 
 __all__ = [
     "Beginning",
+    "ResumeError",
     "begun",
     "check_continuation",
     "foreign_checkpoint",
@@ -52,6 +53,11 @@ ABSENT = "-"
 """In the table, of what only the other run has."""
 PROCESSING, DATA = "processing: ", "data: "
 """What the places of facts begin with that act through the rows, and that are about them."""
+
+
+class ResumeError(ValueError):
+    """A run cannot go on from what was asked for; the message says what there is to do."""
+
 
 Difference = tuple[str, Any, Any]
 """What, as it was, as it is."""
@@ -121,7 +127,7 @@ def check_continuation(trainer: Any, folder: str | Path) -> None:
     With ``allow_changes`` what differs is a warning, and the new values act.
 
     Raises:
-        ValueError: numbers would be others from here on; with a table of what differs.
+        ResumeError: numbers would be others from here on; with a table of what differs.
     """
     found: list[Any] = [([], [], [])]
     if trainer.is_world_process_zero() and has_state(folder, STATE):
@@ -129,7 +135,7 @@ def check_continuation(trainer: Any, folder: str | Path) -> None:
     broadcast_object_list(found)
     differences, totals, remarks = found[0]
     if differences and not trainer.args.allow_changes:
-        raise ValueError(
+        raise ResumeError(
             f"{folder} is of a run with other numbers:\n{table(differences)}\nGo on with what that run had. "
             f"{hint(differences)}To change it from here on set `allow_changes=True` (`--allow_changes`); to train with "
             "it from the start, choose another `output_dir`."

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from prefopt.checkpoints.folder import checkpoints_in, final_folder, origin
 from prefopt.checkpoints.manifest import faults
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.saving.continuation import foreign_checkpoint
+from prefopt.trainer.saving.continuation import ResumeError, foreign_checkpoint
 
 __all__ = ["STATE_FILE", "chosen_checkpoint", "from_main", "raise_together"]
 
@@ -32,7 +32,7 @@ def chosen_checkpoint(args: PreferenceConfig, given: Any, run: Path) -> str | No
         run: the folder where this run's checkpoints lie.
 
     Raises:
-        ValueError: what was asked for is damaged, or not there; with the files and what is wrong with them.
+        ResumeError: what was asked for is damaged, or not there; with the files and what is wrong with them.
     """
     wanted = None if given is None else WORDS.get(str(given).lower(), given)
     if wanted is None or wanted is False:
@@ -44,7 +44,7 @@ def chosen_checkpoint(args: PreferenceConfig, given: Any, run: Path) -> str | No
         return newest(args, folder, may_begin=False)
     found = faults_anywhere(args, folder)
     if found and not from_main(foreign_checkpoint(folder)):
-        raise ValueError(
+        raise ResumeError(
             f"resume_from_checkpoint={str(given)!r}: {folder} cannot be gone on from: {listed(found)}. "
             "`resume_from_checkpoint=True` takes the newest good one of the run."
         )
@@ -63,7 +63,7 @@ def newest(args: PreferenceConfig, run: Path, *, may_begin: bool) -> str | None:
     where there is none of prefopt's own.
 
     Raises:
-        ValueError: there are checkpoints, and none is good; or none, and the run may not begin.
+        ResumeError: there are checkpoints, and none is good; or none, and the run may not begin.
     """
     passed: dict[Path, list[str]] = {}
     for step in steps_to_try(gather_object(origins(run) if args.should_save else [])):
@@ -76,12 +76,12 @@ def newest(args: PreferenceConfig, run: Path, *, may_begin: bool) -> str | None:
         return str(next(iter(passed)))
     if passed:
         lines = "\n".join(f"  {folder}: {listed(found)}" for folder, found in passed.items())
-        raise ValueError(
+        raise ResumeError(
             f"{run} has no good checkpoint to go on from:\n{lines}\nRestore one of them, or begin again with another "
             "`output_dir`, or with these moved away."
         )
     if not may_begin:
-        raise ValueError(f"{run} has no checkpoint.")
+        raise ResumeError(f"{run} has no checkpoint.")
     if args.process_index == 0:
         logger.info("%s has no checkpoint yet: the run begins.", run)
     return None
