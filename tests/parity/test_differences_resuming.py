@@ -95,6 +95,8 @@ def test_a_checkpoint_of_trl_starts_a_new_run(
 def test_a_checkpoint_of_trl_on_other_modules_is_refused() -> None:
     """None of its weights would be read."""
     checkpoint = begun("trl", peft_config=LoraConfig(**RANK))
-    run = build("prefopt", "dpo", SAVED, peft_config=LoraConfig(**{**RANK, "target_modules": ["v_proj"]}))
-    with pytest.raises(ValueError, match=r"Missing: \S+v_proj\.lora_A.* Not known to the model: \S+q_proj\.lora_A"):
+    other = LoraConfig(**{**RANK, "target_modules": ["o_proj"]})
+    build("trl", "dpo", SAVED, peft_config=other).train(resume_from_checkpoint=str(checkpoint))
+    run = build("prefopt", "dpo", SAVED, peft_config=other)
+    with pytest.raises(ValueError, match=r"Missing: \S+o_proj\.lora_A.* Not known to the model: \S+q_proj\.lora_A"):
         run.train(resume_from_checkpoint=str(checkpoint))
