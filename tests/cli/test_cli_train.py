@@ -53,15 +53,6 @@ def options(model: str, data: str, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_a_run_that_cannot_go_on_says_so_without_a_traceback(options, capsys):
-    saving = [*options, "--save_strategy", "steps", "--save_steps", "1"]
-    assert main(["dpo", *saving]) == 0
-    assert main(["dpo", *saving, "--beta", "0.3", "--resume_from_checkpoint", "true"]) == 2
-    said = capsys.readouterr().err
-    assert "beta  0.1  0.3" in said
-    assert "Traceback" not in said
-
-
 @pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
 def test_the_command_trains_and_saves(method, options, tmp_path, capsys):
     assert main([method, *options, "--eval_strategy", "steps", "--eval_steps", "1"]) == 0

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import dataset, trainer
 from sharded import shard_on_cpu
+from short_runs import dataset, trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},

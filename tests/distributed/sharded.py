@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 from encoder_decoders import tiny_encoder_decoder
-from runs import dataset, log_rows, trainer
+from short_runs import dataset, log_rows, trainer
 from tiny_models import tiny_model
 from torch import nn
 from torch.distributed.tensor import DTensor

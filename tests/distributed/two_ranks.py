@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "trainer"))
 import torch
 from accelerate.utils import gather_object
 from encoder_decoders import tiny_encoder_decoder
-from runs import UNSET, dataset, log_rows, trainer, weights
+from short_runs import UNSET, dataset, log_rows, trainer, weights
 from test_vision import trainer as vision_trainer
 from tiny_models import tiny_model
 from transformers import TrainerCallback

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from runs import dataset, log_rows, trainer
+from short_runs import dataset, log_rows, trainer
 from tiny_models import save_tiny, tiny_model
 
 GLOBAL_BATCH = 4

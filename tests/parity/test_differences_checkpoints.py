@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from parity_harness import REFERENCE, Library, build
-from runs import weights
+from short_runs import weights
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.trl

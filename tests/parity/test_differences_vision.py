@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))
-from runs import log_rows
+from short_runs import log_rows
 from test_vision import rows, trainer
 from vision_models import CALLED_WITH, processor_of, tiny_vision
 

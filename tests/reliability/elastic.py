@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from engines import ENGINES, Results, engine_options, finished
-from runs import trainer
 from scale import LONG
 from sharded import shard_on_cpu, whole
+from short_runs import trainer
 from tiny_models import tiny_model
 
 GLOBAL_BATCH = 4

@@ -12,8 +12,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 
 import torch
-from runs import log_rows
 from sharded import is_sharded, shard_on_cpu, whole
+from short_runs import log_rows
 from worlds import start_world
 
 ENGINES = {"alone": 1, "ddp": 2, "fsdp": 2}

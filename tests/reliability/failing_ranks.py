@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from runs import dataset, log_rows, trainer, weights
+from short_runs import dataset, log_rows, trainer, weights
 from transformers import TrainerCallback
 
 from prefopt.trainer.guards.nonfinite import NonFiniteStepError

@@ -10,7 +10,7 @@ from functools import cache
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PRELOADED = ["runs", "peft", "prefopt.trainer.dpo", "prefopt.trainer.cpo", "prefopt.trainer.tpo"]
+PRELOADED = ["peft", "prefopt.trainer.dpo", "prefopt.trainer.cpo", "prefopt.trainer.tpo"]
 
 
 @cache

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import dataset, log_rows, trainer, weights
 from scale import scaled
+from short_runs import dataset, log_rows, trainer, weights
 from tiny_models import tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import dataset, log_rows, trainer
+from short_runs import dataset, log_rows, trainer
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.01}
 PLATEAU: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}

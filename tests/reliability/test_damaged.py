@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 import pytest
 import torch
 from peft import LoraConfig
-from runs import dataset, log_rows, trainer, weights
+from short_runs import dataset, log_rows, trainer, weights
 from transformers import TrainerCallback
 from worlds import start_world
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from disk_states import newest_good, newest_whole
 from processes import start
-from runs import log_rows, trainer, weights
 from scale import scaled
+from short_runs import log_rows, trainer, weights
 
 from prefopt.checkpoints.folder import staging_folder
 from prefopt.checkpoints.space import checkpoint_bytes, folder_bytes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from runs import trainer
 from scale import LONG
+from short_runs import trainer
 
 from prefopt import CPOConfig, CPOTrainer, DPOConfig, DPOTrainer
 from prefopt.trainer.guards.divergence import divergence

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import dataset, log_rows, trainer
 from safetensors.torch import load_file
 from scale import LONG
+from short_runs import dataset, log_rows, trainer
 from tiny_models import tiny_model
 from transformers import TrainerCallback
 

@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 from failing_ranks import MEMORY, main
-from runs import relative_difference
+from short_runs import relative_difference
 from worlds import results_of
 
 WEIGHTS_TOLERANCE = 1e-6

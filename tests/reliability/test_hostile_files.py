@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from PIL import Image
-from runs import trainer
+from short_runs import trainer
 from tiny_models import tiny_model, word_tokenizer
 from vision_models import processor
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from disk_states import DiskStates, newest_good
 from processes import start
-from runs import log_rows, trainer, weights
 from scale import scaled
+from short_runs import log_rows, trainer, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from worlds import start_world

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import dataset, log_rows, trainer, weights
+from short_runs import dataset, log_rows, trainer, weights
 from tiny_models import tiny_model
 
 from prefopt.checkpoints.tensors import read_state

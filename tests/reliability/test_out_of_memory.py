@@ -11,8 +11,8 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
-from runs import dataset, log_rows, relative_difference, trainer, weights
 from scale import scaled
+from short_runs import dataset, log_rows, relative_difference, trainer, weights
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from runs import log_rows, trainer, weights
 from safetensors.torch import load_file
 from scale import LONG
+from short_runs import log_rows, trainer, weights
 from transformers import TrainerCallback
 
 from prefopt.trainer.guards.nonfinite import NonFiniteStepError

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from processes import start
-from runs import dataset, log_rows, trainer
+from short_runs import dataset, log_rows, trainer
 from transformers import TrainerCallback
 
 from prefopt import files

@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from runs import dataset, trainer
+from short_runs import dataset, trainer
 from tiny_models import WORDS, standard_rows, tiny_model, word_tokenizer
 from tokenizers import Tokenizer
 from vision_models import PICTURES, processor_of, tiny_vision

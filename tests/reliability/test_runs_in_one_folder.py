@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import log_rows, trainer, weights
+from short_runs import log_rows, trainer, weights
 from transformers import TrainerCallback
 
 from prefopt.checkpoints.folder import checkpoints_in

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 import pytest
 import torch
 from processes import start
-from runs import weights
+from short_runs import weights
 from signal_runs import START_SECONDS, At, made, resumed
 from transformers import TrainerCallback
 from worlds import start_world

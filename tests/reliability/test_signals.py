@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from processes import start
-from runs import dataset
+from short_runs import dataset
 from signal_runs import MOMENTS, PLANNED, START_SECONDS, STOPPED, At, assert_same, made, resumed, whole
 from tiny_models import save_tiny
 from transformers import TrainerCallback

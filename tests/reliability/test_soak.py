@@ -28,8 +28,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from processes import start
-from runs import trainer
 from scale import scaled
+from short_runs import trainer
 from tiny_models import FIRST_WORD, text, tiny_model
 from transformers import TrainerCallback
 

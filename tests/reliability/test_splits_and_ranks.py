@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from engines import ENGINES, Results, difference, engine_options, finished, on_all
-from runs import trainer
 from scale import LONG
+from short_runs import trainer
 
 from prefopt.objective.tables import LOSSES, TOKEN_LOSSES
 

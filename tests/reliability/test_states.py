@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import trainer, weights
 from safetensors.torch import load_file
+from short_runs import trainer, weights
 from torch import nn
 from torch.optim import lr_scheduler
 from transformers import Trainer, TrainingArguments, get_scheduler

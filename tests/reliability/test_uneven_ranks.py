@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from engines import ENGINES, Results, difference, engine_options, finished, on_all
-from runs import dataset, trainer
 from scale import LONG
+from short_runs import dataset, trainer
 
 TOLERANCE = 1e-6
 """Relative norm of the weights in float32 after two epochs of SGD: only the order of summation differs."""

@@ -44,7 +44,7 @@ def forwards(model: Any) -> dict[str, str]:
 
 def main(folder: str) -> dict[str, Any]:
     from datasets import Dataset
-    from runs import relative_difference, trainer, weights
+    from short_runs import relative_difference, trainer, weights
     from tiny_models import tiny_model
 
     row = {"prompt": ["baba kaka"], "chosen": [" baba lala"], "rejected": [" dada"]}

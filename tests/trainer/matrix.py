@@ -13,7 +13,7 @@ from datasets import Dataset
 from encoder_decoders import ended_tokenizer, tiny_encoder_decoder
 from oracle import LEARNING_RATE, PLAIN_RUN, MakeBatch, expected_losses, padded
 from peft import LoraConfig
-from runs import TRAINERS
+from short_runs import TRAINERS
 from tiny_models import standard_rows, tiny_model, word_tokenizer
 from vision_models import PICTURES, processor_of, tiny_vision, vision_of
 

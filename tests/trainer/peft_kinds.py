@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from oracle import PLAIN_RUN, SAME_LOSS, expected_losses, logged_losses, plain_stats
-from runs import trainer
+from short_runs import trainer
 from tiny_models import tiny_model
 
 from prefopt.batching import pad_batch

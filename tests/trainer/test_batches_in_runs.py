@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import dataset, log_rows, relative_difference, trainer, weights
+from short_runs import dataset, log_rows, relative_difference, trainer, weights
 from tiny_models import tiny_model, word_tokenizer
 
 from prefopt import DataCollatorForPreference, DPOConfig, DPOTrainer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from live_storages import LiveStorages
-from runs import UNSET, dataset, log_rows, relative_difference, trainer, weights
+from short_runs import UNSET, dataset, log_rows, relative_difference, trainer, weights
 from tiny_models import tiny_model
 from transformers import TrainerCallback
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import dataset, relative_difference, trainer, weights
 from safetensors.torch import load_file
+from short_runs import dataset, relative_difference, trainer, weights
 from tiny_models import tiny_model
 from torch import nn
 from torch._dynamo.utils import counters

@@ -15,7 +15,7 @@ from datasets import Dataset
 from encoder_decoders import EOS, LORA, ended_tokenizer, tiny_encoder_decoder, token_examples, token_logps_alone
 from live_storages import LiveStorages
 from peft import PrefixTuningConfig, PromptTuningConfig
-from runs import TRAINERS, UNSET, log_rows, relative_difference, weights
+from short_runs import TRAINERS, UNSET, log_rows, relative_difference, weights
 from tiny_models import conversational_rows, standard_rows, tiny_model, word_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 

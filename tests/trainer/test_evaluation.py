@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import dataset, trainer
+from short_runs import dataset, trainer
 from tiny_models import tiny_model
 
 MEAN_TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import EXPERTS, LAYOUTS, LOCAL_EXPERTS, checkpointed, groups, tiny
 from oracle import PLAIN_RUN, SAME_LOSS, expected_losses, logged_losses
-from runs import TRAINERS, dataset, trainer
+from short_runs import TRAINERS, dataset, trainer
 
 from prefopt.scoring.attention import segment_attention
 from prefopt.scoring.forward import balancing_loss, score

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import trainer
+from short_runs import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from config_cases import CONFIGS, make, warnings_of
 from datasets import Dataset
-from runs import TRAINERS, dataset, relative_difference, trainer, weights
 from scoring.attention_kernels import lower_right, stand_in
+from short_runs import TRAINERS, dataset, relative_difference, trainer, weights
 from tiny_models import save_tiny, tiny_model, word_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matrix import ALL, KINDS, LOSSES, WEIGHTS, Cell, losses_by_definition, refusal, table, trainer
 from oracle import STEPS, logged_losses
-from runs import TRAINERS
+from short_runs import TRAINERS
 
 TOLERANCE = 2e-5
 """Relative, float32, of the second step's loss: a gradient step of a random model of this size doubles the rounding."""

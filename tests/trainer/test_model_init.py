@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import dataset
+from short_runs import dataset
 from tiny_models import tiny_model, word_tokenizer
 
 from prefopt import CPOConfig, CPOTrainer, DPOConfig, DPOTrainer

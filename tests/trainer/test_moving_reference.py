@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from runs import dataset, log_rows, trainer, weights
+from short_runs import dataset, log_rows, trainer, weights
 from tiny_models import standard_rows, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import trainer, weights
+from short_runs import trainer, weights
 
 from prefopt.trainer.guards.nonfinite import NonFiniteStepError
 

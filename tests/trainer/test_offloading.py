@@ -16,7 +16,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from families import LAYOUTS, checkpointed, groups, objective, reference_of, tiny
-from runs import trainer, weights
+from short_runs import trainer, weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 

@@ -22,7 +22,7 @@ from peft_kinds import (
     tuner,
     with_adapter,
 )
-from runs import TRAINERS, dataset, trainer
+from short_runs import TRAINERS, dataset, trainer
 from tiny_models import save_tiny, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import PLAIN_RUN, logged_losses
 from peft_kinds import KINDS, Kind, assert_trains_as_defined, lora, run_of, several, trained_names, tuner, with_adapter
-from runs import dataset, trainer, weights
+from short_runs import dataset, trainer, weights
 from transformers import TrainerCallback
 
 RESUMED = ("PiSSA", "saved head", "prompt tuning", "p-tuning", "projected prefix", "experts")

@@ -24,7 +24,7 @@ from peft_kinds import (
     tuner,
     with_adapter,
 )
-from runs import TRAINERS, dataset, trainer
+from short_runs import TRAINERS, dataset, trainer
 from tiny_models import save_tiny, tiny_model
 from transformers import BitsAndBytesConfig
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from encoder_decoders import tiny_encoder_decoder
-from runs import log_rows, relative_difference, trainer, weights
+from short_runs import log_rows, relative_difference, trainer, weights
 from tiny_models import text, tiny_model
 
 from prefopt.batching import pack_batch, pad_batch, share_batch

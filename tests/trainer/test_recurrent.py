@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from families import tiny
 from oracle import PLAIN_RUN, SAME_LOSS, expected_losses, logged_losses
-from runs import TRAINERS, trainer
+from short_runs import TRAINERS, trainer
 
 REASONS = {
     "lfm2": "layers that are no plain attention: conv",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from runs import dataset, log_rows, relative_difference, trainer, weights
+from short_runs import dataset, log_rows, relative_difference, trainer, weights
 from tiny_models import standard_rows, tiny_model, word_tokenizer
 
 from prefopt import DPOConfig, DPOTrainer

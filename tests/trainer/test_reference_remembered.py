@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import dataset, log_rows, trainer, weights
+from short_runs import dataset, log_rows, trainer, weights
 from tiny_models import tiny_model, word_tokenizer
 from transformers import TrainerCallback
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import dataset, log_rows, trainer, weights
+from short_runs import dataset, log_rows, trainer, weights
 
 from prefopt.reference import ModelReference
 

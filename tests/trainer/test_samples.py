@@ -15,7 +15,7 @@ from datasets import Dataset
 from encoder_decoders import EOS
 from families import tiny
 from peft import LoraConfig, PromptTuningConfig
-from runs import TRAINERS, dataset, log_rows, trainer, weights
+from short_runs import TRAINERS, dataset, log_rows, trainer, weights
 from test_encoder_decoder import trainer as encoder_decoder_trainer
 from test_vision import rows as image_rows
 from test_vision import trainer as vision_trainer

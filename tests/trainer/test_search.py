@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from runs import dataset, trainer
+from short_runs import dataset, trainer
 from tiny_models import tiny_model
 
 optuna = pytest.importorskip("optuna")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from runs import dataset, log_rows, relative_difference, trainer, weights
+from short_runs import dataset, log_rows, relative_difference, trainer, weights
 from tiny_models import tiny_model
 from transformers import Trainer, TrainingArguments
 

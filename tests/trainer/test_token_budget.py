@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from config_cases import CONFIGS, make, mistakes_of, warnings_of
-from runs import dataset, log_rows, relative_difference, trainer, weights
+from short_runs import dataset, log_rows, relative_difference, trainer, weights
 from tiny_models import tiny_model, word_tokenizer
 
 from prefopt import DataCollatorForPreference, DPOTrainer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TRAINERS, dataset, trainer
+from short_runs import TRAINERS, dataset, trainer
 
 METRICS = {"train/loss", "train/rewards/margins", "eval/loss", "eval/rewards/accuracies", "train/logps/chosen"}
 COLUMNS = ["step", "prompt", "chosen", "rejected", "policy"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import trainer, weights
+from short_runs import trainer, weights
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaModel
@@ -62,7 +62,7 @@ def for_inference(model: Any) -> Any:
 
 
 def fast(*, marked: bool = True, checkpointing: Any = False, **notes: Any) -> Any:
-    """The model of `runs.trainer` as if Unsloth had loaded it; not ``marked``: as if something else had."""
+    """The model of `short_runs.trainer` as if Unsloth had loaded it; not ``marked``: as if something else had."""
     model: Any = tiny_model(seed=1)
     model.__class__, model.model.__class__ = FastModel, FastBody
     if marked:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TRAINERS, dataset, trainer, weights
+from short_runs import TRAINERS, dataset, trainer, weights
 from transformers import (
     DefaultFlowCallback,
     EarlyStoppingCallback,

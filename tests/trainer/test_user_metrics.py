@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import TRAINERS, dataset, trainer
+from short_runs import TRAINERS, dataset, trainer
 from transformers import EarlyStoppingCallback
 
 LOGITS_TOLERANCE = 1e-5

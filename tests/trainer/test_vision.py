@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import TRAINERS, UNSET, log_rows, relative_difference, weights
+from short_runs import TRAINERS, UNSET, log_rows, relative_difference, weights
 from tiny_models import tiny_model
 from vision_models import PICTURES, examples, processor_of, tiny_vision, vision_of
 

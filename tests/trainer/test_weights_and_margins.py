@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from runs import dataset, log_rows, relative_difference, trainer, weights
+from short_runs import dataset, log_rows, relative_difference, trainer, weights
 
 from prefopt import DataCollatorForPreference
 from prefopt.reference import row_keys
