@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "encoder-decoder-lora": ("cpo", {"count": 21, "kind": "bart", "lora": True}),
     "encoder-decoder-budget": ("tpo", {"count": 21, "kind": "bart", "tokens_per_batch": 90, **TWICE}),
     "an unused weight": ("dpo", {"count": 21, "unused": True}),
+    "a static graph": ("dpo", {"count": 21, "ddp_static_graph": True}),
     "a search asked for": ("dpo", {"count": 21, "ddp_find_unused_parameters": True}),
     "images": ("dpo", {"images": True, "tokens_per_batch": 1}),
     "images-checkpointing": ("tpo", {"images": True, "gradient_checkpointing": True}),

@@ -20,8 +20,9 @@ from vision_models import PICTURES, processor_of, tiny_vision
 
 from prefopt import CPOConfig, DPOConfig, DPOTrainer, TPOConfig
 from prefopt.cli.main import main
+from prefopt.trainer.saving import continuation
 from prefopt.trainer.saving.changes import CHANGES, Change, change_of
-from prefopt.trainer.saving.continuation import check_continuation, read_arguments, write_arguments
+from prefopt.trainer.saving.continuation import check_continuation, write_arguments
 from prefopt.trainer.saving.facts import row_hashes
 
 STEPS = 4
@@ -319,7 +320,7 @@ def test_a_change_that_is_allowed_is_said_and_acts(
 
 def test_other_versions_are_said(going_on: Any, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     run, checkpoint = going_on()
-    monkeypatch.setattr("prefopt.__version__", "999.0")
+    monkeypatch.setattr(continuation, "versions", lambda packages: dict.fromkeys(packages, "999.0"))
     with caplog.at_level(logging.WARNING, "prefopt"):
         check_continuation(run, checkpoint)
     assert "-> 999.0" in caplog.text
@@ -331,7 +332,7 @@ def test_entries_of_configs_count_under_the_same_versions_only(going_on: Any, mo
     run.model.config.new_entry = 1
     with pytest.raises(ValueError, match=r"model: config: new_entry +- +1"):
         check_continuation(run, checkpoint)
-    monkeypatch.setattr("prefopt.__version__", "999.0")
+    monkeypatch.setattr(continuation, "versions", lambda packages: dict.fromkeys(packages, "999.0"))
     check_continuation(run, checkpoint)
 
 
@@ -452,7 +453,7 @@ def test_no_secret_is_written(secrets: DPOConfig, tmp_path: Path) -> None:
     write_arguments(secrets, tmp_path)
     text = (tmp_path / "training_args.json").read_text()
     assert "CANARY" not in text
-    back = read_arguments(tmp_path)
+    back = json.loads((tmp_path / "training_args.json").read_text())
     assert (back["pad_token"], back["model_init_kwargs"]["revision"]) == ("<unk>", "v1")
     assert secrets.hub_token == secrets.model_init_kwargs["token"] == SECRET
 
@@ -460,7 +461,7 @@ def test_no_secret_is_written(secrets: DPOConfig, tmp_path: Path) -> None:
 def test_every_option_is_written(tmp_path: Path) -> None:
     config = TPOConfig("out", beta=0.25, report_to="none", lr_scheduler_kwargs={"a": 1})
     write_arguments(config, tmp_path)
-    back = read_arguments(tmp_path)
+    back = json.loads((tmp_path / "training_args.json").read_text())
     assert set(back) == {field.name for field in dataclasses.fields(TPOConfig) if field.init}
     assert (back["beta"], back["lr_scheduler_kwargs"]) == (0.25, {"a": 1})
     assert TPOConfig(**{**back, "hub_token": None}).beta == 0.25
@@ -470,4 +471,4 @@ def test_a_checkpoint_holds_what_it_began_with(checkpoints: Any) -> None:
     folder, _ = checkpoints("full")
     state = json.loads((folder / "continuation.json").read_text())
     assert "options" in json.dumps(state)
-    assert read_arguments(folder)["beta"] == 0.1
+    assert json.loads((folder / "training_args.json").read_text())["beta"] == 0.1

@@ -153,7 +153,7 @@ def test_poison_stops_the_step_before_the_update(kind: str, setting: str, step: 
 
 def check_dump(run: Any, error: NonFiniteStepError, kind: str) -> None:
     """The folder has the rows of the step, and names those that are guilty."""
-    folder = Path(run.args.output_dir, f"nonfinite-step-{error.step}")
+    folder = Path(run.args.output_dir, f"_nonfinite-step-{error.step}")
     assert error.folder == folder
     assert str(folder) in str(error)
     found = json.loads((folder / "rank-0.json").read_text(), parse_constant=pytest.fail)
@@ -255,7 +255,7 @@ def test_a_run_that_leaves_out_every_step_does_not_succeed(tmp_path: Path) -> No
     with pytest.raises(NonFiniteStepError, match=r"^10 steps in a row were not finite"):
         run.train()
     assert run.state.global_step == 10
-    assert len(list(tmp_path.glob("nonfinite-step-*"))) == 10
+    assert len(list(tmp_path.glob("_nonfinite-step-*"))) == 10
 
 
 @pytest.mark.parametrize("options", [{"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "no"}], ids=str)

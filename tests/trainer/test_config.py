@@ -278,3 +278,9 @@ def test_alphapo_has_no_likelihood_term():
 @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
 def test_optimizers_that_move_weights_within_the_backward_pass_are_refused(config: Any, optim: str) -> None:
     assert "before anyone can say whether the step is finite" in mistakes_of(config, optim=optim)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_static_graph_is_said_to_have_no_effect(config: Any) -> None:
+    """What it would do to the gradients is held by the case "a static graph" of two ranks."""
+    assert any("ddp_static_graph=True has no effect" in text for text in warnings_of(config, ddp_static_graph=True))

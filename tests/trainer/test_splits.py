@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from tiny_models import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from prefopt.trainer import steps
-from prefopt.trainer.saving.continuation import read_arguments
 
 WEIGHTS_TOLERANCE = 1e-6
 """Relative norm after ten steps in float32: only the order of summation differs."""
@@ -96,7 +96,9 @@ def test_the_accumulation_that_the_user_set_is_what_the_user_sees(tmp_path: Path
     run = trainer(tmp_path, gradient_accumulation_steps=3, max_steps=2, save_strategy="steps", save_steps=1)
     run.train()
     assert run.args.gradient_accumulation_steps == 3
-    assert read_arguments(tmp_path / "checkpoint-1")["gradient_accumulation_steps"] == 3
+    assert (
+        json.loads((tmp_path / "checkpoint-1" / "training_args.json").read_text())["gradient_accumulation_steps"] == 3
+    )
     assert run.state.log_history[0]["epoch"] == pytest.approx(1 / 4)  # 40 rows, 12 pairs a step
 
 

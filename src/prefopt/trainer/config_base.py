@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from prefopt.trainer.config_help import option
 from prefopt.trainer.config_rules import (
     budget_warnings,
+    ddp_warnings,
     metrics_mistakes,
     optimizer_mistakes,
     parse_json_options,
@@ -266,7 +267,7 @@ class PreferenceConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect: it belongs to next-token "
                 "training; set label_smoothing"
             )
-        return [*found, *budget_warnings(self), *kernel_warnings(self)]
+        return [*found, *budget_warnings(self), *ddp_warnings(self), *kernel_warnings(self)]
 
 
 def check_names(kind: type[PreferenceConfig], given: Collection[str]) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "RULES",
     "Rule",
     "budget_warnings",
+    "ddp_warnings",
     "metrics_mistakes",
     "optimizer_mistakes",
     "parse_json_options",
@@ -157,6 +158,16 @@ def metrics_mistakes(config: Any) -> list[str]:
         f"include_for_metrics={wanted}: {name} is a function of many pairs at once, so one has no loss of its own; "
         "leave 'loss' out"
         for name in losses
+    ]
+
+
+def ddp_warnings(config: Any) -> list[str]:
+    """What DDP is told by the run itself."""
+    if not config.ddp_static_graph:
+        return []
+    return [
+        "ddp_static_graph=True has no effect: micro-batches differ from step to step, and which weights are used is "
+        "found out once, before training"
     ]
 
 

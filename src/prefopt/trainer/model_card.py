@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from prefopt.reference.adapters import is_peft
 from prefopt.scoring.forward import innermost
 from prefopt.terminal import harmless
 from prefopt.trainer.citations import Paper, cited_papers
+from prefopt.trainer.installed import versions
 from prefopt.trainer.saving.masking import without_secrets
 
 __all__ = ["model_card", "write_model_card"]
@@ -25,7 +25,6 @@ METHODS = {
     "cpo": "Contrastive Preference Optimization (CPO)",
     "tpo": "Triple Preference Optimization (TPO)",
 }
-LIBRARIES = ("prefopt", "torch", "transformers", "accelerate", "datasets", "peft")
 SETTINGS = (
     *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type"),
     *("cpo_alpha", "simpo_gamma", "alpha", "tpo_alpha", "tpo_l_gamma", "sync_ref_model", "ref_model_mixup_alpha"),
@@ -91,7 +90,7 @@ def model_card(
         section("Data", table(("data set", "rows"), data_rows(datasets))),
         section("Settings", table(("option", "value"), setting_rows(settings))),
         section("Results", table(("metric", "last value"), metric_rows(metrics))),
-        section("Versions", table(("library", "version"), version_rows())),
+        section("Versions", table(("library", "version"), [*versions().items()])),
         section("Citation", citation(papers)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -175,16 +174,6 @@ def metric_rows(metrics: Mapping[str, object]) -> list[tuple[str, str]]:
         for name, value in metrics.items()
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
-
-
-def version_rows() -> list[tuple[str, str]]:
-    rows = []
-    for library in LIBRARIES:
-        try:
-            rows.append((library, version(library)))
-        except PackageNotFoundError:
-            continue
-    return rows
 
 
 def citation(papers: Sequence[Paper]) -> str:

@@ -102,6 +102,8 @@ class PreparingTrainer(LoadingTrainer):
         if self.args.world_size > 1 and not sharded:
             self.decide_search(trials)
             self.decide_buffers()
+            # DDP learns such a graph from the tensors in the model's output, and would exchange no gradient of ours
+            self.accelerator.ddp_handler.static_graph = False
         self.compile_layers(self.model)
         release(self.model)
         with nullcontext() if sharded else own_optimizer_and_scheduler(self, max_steps):

@@ -14,9 +14,8 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,12 @@ __all__ = [
     "reason",
     "rows_until",
     "set_aside",
-    "versions",
     "write_run",
 ]
 
 METRICS, RUN, CURVES = "metrics.jsonl", "run.json", "curves.png"
 NOT_FINITE = "not_finite"
 """Key of a row: metric -> ``nan``, ``inf`` or ``-inf``. The number itself is null, as JSON has no such numbers."""
-PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "datasets", "peft")
 LONGEST = 4000
 """Characters of an exception's message that are kept."""
 
@@ -154,14 +151,3 @@ def reason(error: BaseException) -> dict[str, Any]:
     known = {"signal": getattr(received, "name", None), "rows": getattr(error, "rows", None)}
     found = {"type": type(error).__name__, "message": without_known_secrets(str(error))[:LONGEST]}
     return found | {name: value for name, value in known.items() if value is not None}
-
-
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Package -> version, of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

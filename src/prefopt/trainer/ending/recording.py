@@ -28,10 +28,10 @@ from prefopt.trainer.ending.record import (
     reason,
     rows_until,
     set_aside,
-    versions,
     write_run,
 )
 from prefopt.trainer.ending.signals import TO_GO_ON, Request, interruption
+from prefopt.trainer.installed import versions
 from prefopt.trainer.search import SearchingTrainer
 
 __all__ = ["Record", "RecordingTrainer"]

@@ -1,8 +1,9 @@
 """A step that is not finite, written down: what it was computed from, what came out, and the steps before it.
 
-``nonfinite-step-N`` holds two files for each rank. ``rank-R.safetensors`` has the token ids of each pair of the rank,
+``_nonfinite-step-N`` holds two files for each rank. ``rank-R.safetensors`` has the token ids of each pair of the rank,
 ``<place>/prompt_ids`` and ``<place>/<branch>_ids``, and [P] float64 ``loss``, ``policy/<branch>``,
-``reference/<branch>``; ``rank-R.json``, written last, has the rest. JSON has no NaN: it is the text ``"nan"`` there.
+``reference/<branch>``; ``rank-R.json``, written last, has the rest. JSON has no NaN: it is the text ``"nan"`` there. No
+upload to the Hub takes a name with ``_`` in front: text of the data is in it.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ class GuardedTrainer(RetryingTrainer):
     def dump(self, finding: Finding, norm: Any) -> Path | str:
         """The folder in which the step was written down, or why it could not be."""
         step = self.state.global_step + 1
-        folder = Path(str(self.args.output_dir), f"nonfinite-step-{step}")
+        folder = Path(str(self.args.output_dir), f"_nonfinite-step-{step}")
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         sources = zip(self.last_step.micro_batches, self.last_step.sources, strict=True)
         facts = {

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from prefopt.checkpoints.tensors import has_state, read_state, write_state
 from prefopt.files import write_file
 from prefopt.trainer.config import PreferenceConfig
+from prefopt.trainer.installed import versions
 from prefopt.trainer.saving.changes import Change, changed_options, depends_on_total
-from prefopt.trainer.saving.facts import flat, row_hashes, run_facts, versions
+from prefopt.trainer.saving.facts import flat, row_hashes, run_facts
 from prefopt.trainer.saving.foreign import begin_from_foreign, foreign_checkpoint, load_foreign_weights
 from prefopt.trainer.saving.masking import without_secrets
 from prefopt.trainer.saving.new_settings import needs_new_optimizer
@@ -35,13 +36,14 @@ __all__ = [
     "check_continuation",
     "foreign_checkpoint",
     "load_foreign_weights",
-    "read_arguments",
     "write_arguments",
     "write_continuation",
 ]
 
 logger = logging.getLogger(__name__)
 
+OF_NUMBERS = ("prefopt", "torch", "transformers", "peft")
+"""Packages that compute, or know the configs: other versions are said, never refused."""
 ARGUMENTS_FILE = "training_args.json"
 STATE = "continuation"
 """The name of the state in a checkpoint, `write_state`."""
@@ -83,11 +85,6 @@ def write_arguments(args: PreferenceConfig, folder: str | Path) -> None:
     write_file(Path(folder, ARGUMENTS_FILE), json.dumps(arguments(args), indent=1))
 
 
-def read_arguments(folder: str | Path) -> dict[str, Any]:
-    """The options that `write_arguments` wrote, by name; secrets are not among them."""
-    return json.loads(Path(folder, ARGUMENTS_FILE).read_text())
-
-
 def arguments(args: PreferenceConfig) -> dict[str, Any]:
     """The options as JSON has them, so that those of two runs compare."""
     return without_secrets(json.loads(json.dumps(args.to_dict(), default=str)))
@@ -117,7 +114,7 @@ def write_continuation(trainer: Any, folder: str | Path) -> None:
     if not trainer.args.should_save:
         return
     began = trainer.beginning or beginning(trainer)
-    state = {"options": began.options, "facts": began.facts, "rows": began.rows, "versions": versions()}
+    state = {"options": began.options, "facts": began.facts, "rows": began.rows, "versions": versions(OF_NUMBERS)}
     write_state(state, folder, STATE)
 
 
@@ -157,7 +154,7 @@ def compared(trainer: Any, state: dict[str, Any]) -> tuple[list[Difference], lis
     now = trainer.beginning = beginning(trainer)
     was = Beginning(state["options"], state["facts"], state["rows"])
     differences = option_differences(was, now, Change.REFUSED) + fact_differences(was, now)
-    if state["versions"] == versions():
+    if state["versions"] == versions(OF_NUMBERS):
         differences += one_sided(was, now)
     rows = row_difference(was.rows, now.rows, trainer.train_dataset)
     if rows is not None:
@@ -221,7 +218,9 @@ def total_remarks(changed: list[Difference], now: Beginning) -> list[str]:
 
 def version_remarks(was: dict[str, str]) -> list[str]:
     """Other versions may round otherwise."""
-    changed = [f"{name} {was[name]} -> {now}" for name, now in versions().items() if was.get(name) not in (None, now)]
+    changed = [
+        f"{name} {was[name]} -> {now}" for name, now in versions(OF_NUMBERS).items() if was.get(name) not in (None, now)
+    ]
     return [f"Other versions than the checkpoint's: {', '.join(changed)}. Rounding may differ."] if changed else []
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from enum import Enum
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from xxhash import xxh3_64_hexdigest
 
-import prefopt
 from prefopt.data.cache import processing_fingerprints
 from prefopt.data.content import hashes_of_rows, hashes_of_set
 from prefopt.reference.adapters import adapter_modules, adapter_parameters, is_peft
@@ -30,7 +26,7 @@ from prefopt.reference.policy import SeparateModel
 from prefopt.scoring.forward import innermost
 from prefopt.trainer.callbacks import updates_reference
 
-__all__ = ["flat", "row_hashes", "run_facts", "versions"]
+__all__ = ["flat", "row_hashes", "run_facts"]
 
 LOOKED_AT = 8
 """Rows of a stream whose content is compared."""
@@ -149,16 +145,6 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
         for group in optimizer.param_groups
     ]
     return {"kind": kind(optimizer), "groups": {str(number): group for number, group in enumerate(groups)}}
-
-
-def versions() -> dict[str, str]:
-    """Of what computes, and of what knows the configs: said where they differ, never refused."""
-    return {
-        "prefopt": prefopt.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        **({"peft": version("peft")} if find_spec("peft") else {}),
-    }
 
 
 def flat(facts: dict[str, Any], above: str = "") -> dict[str, Any]:
