@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from importlib import import_module
 from types import TracebackType
 
+from prefopt.cli.errors import UserError, users_mistakes
 from prefopt.cli.usage import COMMANDS, METHODS, method_usage, usage
 from prefopt.terminal import harmless
 
 __all__ = ["main"]
 
 HELP_FLAGS = {"-h", "--help"}
+MODULES = {
+    **{name: f"prefopt.cli.{name}" for name in COMMANDS.keys() - METHODS.keys() - {"train", "quickstart"}},
+    "quickstart": "prefopt.quickstart.run",
+}
+"""Command -> the module whose ``main(arguments)`` runs it and returns the exit status; training is done here."""
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Lets torch ask for large pages on a CPU, where faults of small ones cost a good part of a step. Torch reads it once,
 when it first allocates."""
@@ -52,38 +58,16 @@ def _show_failure(kind: type[BaseException], error: BaseException, trace: Traceb
     sys.stderr.write(_shown("".join(traceback.format_exception(kind, error, trace))))
 
 
-class UserError(Exception):
-    """A mistake in the command line, a run file or the data, or an end of a run that says what to do: one message;
-    PREFOPT_TRACEBACK=1 shows the traceback."""
-
-
-@contextmanager
-def _users_mistakes() -> Iterator[None]:
-    """What goes wrong within is the user's to mend."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-    except RecursionError as error:
-        raise UserError(f"a value is nested too deep ({error})") from error
-
-
 def _run(command: str, arguments: list[str]) -> int:
     if command in METHODS:
         return _train(command, arguments)
     if command == "train":
         return _train_file(arguments)
-    if command == "env":
-        from prefopt.cli.env import main as env
+    if command not in MODULES:
+        from prefopt.cli.run_file import nearest
 
-        return env(arguments)
-    if command == "quickstart":
-        from prefopt.quickstart.run import main as quickstart
-
-        return quickstart(arguments) or 0
-    from prefopt.cli.run_file import nearest
-
-    raise UserError(f"there is no command {command!r}{nearest(command, COMMANDS)}; see prefopt --help")
+        raise UserError(f"there is no command {command!r}{nearest(command, COMMANDS)}; see prefopt --help")
+    return import_module(MODULES[command]).main(arguments) or 0
 
 
 def _ends_that_say_what_to_do() -> tuple[type[Exception], ...]:
@@ -100,17 +84,11 @@ def _train_file(arguments: list[str]) -> int:
     if not arguments or HELP_FLAGS & set(arguments):
         print(f"usage: prefopt train RUN.yaml [--option value ...]\n\n{COMMANDS['train']}")
         return 0
-    path, *options = arguments
-    if path.startswith("-"):
-        raise UserError("prefopt train wants the run file first: prefopt train RUN.yaml --option value")
-    from prefopt.cli.run_file import read_run_file
+    from prefopt.cli.run_file import method_and_arguments
 
-    with _users_mistakes():
-        run_file = read_run_file(path)
-        method = run_file.values.get("method", "dpo")
-        if method not in METHODS:
-            raise ValueError(f"{run_file.where('method')}: method={method!r}: must be one of {', '.join(METHODS)}")
-    return _train(method, ["--config", path, *options])
+    with users_mistakes():
+        method, options = method_and_arguments("train", arguments)
+    return _train(method, options)
 
 
 def _train(method: str, arguments: list[str]) -> int:
@@ -122,18 +100,18 @@ def _train(method: str, arguments: list[str]) -> int:
         return 0
     from prefopt.cli.names import check_names
 
-    with _users_mistakes():
+    with users_mistakes():
         check_names(method, arguments)
 
     from prefopt.cli.launch import launch, plan_launch
     from prefopt.cli.train import make_parser, make_trainer, train
 
-    with _users_mistakes():
+    with users_mistakes():
         *configs, rest = make_parser(method).parse_args_and_config(arguments, return_remaining_strings=True)
         plan = plan_launch(method, arguments, rest)
     if plan is not None:
         launch(plan)
-    with _users_mistakes():
+    with users_mistakes():
         trainer = make_trainer(method, *configs)
     from prefopt.trainer.ending.signals import InterruptedRun, TerminatedRun
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["RunFile", "nearest", "read_run_file", "read_yaml", "without_config"]
+from prefopt.cli.usage import METHODS
+
+__all__ = ["RunFile", "method_and_arguments", "nearest", "read_run_file", "read_yaml", "without_config"]
 
 MAX_BYTES, MAX_NODES = 200_000, 20_000
 """Of a file of options."""
@@ -172,3 +174,21 @@ def without_config(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(item)
     return rest, path
+
+
+def method_and_arguments(command: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """What ``prefopt COMMAND RUN.yaml --option value`` asks for: the file's method, and the arguments of that method's
+    command.
+
+    Raises:
+        ValueError: The file is not named first, or its method is none.
+        FileNotFoundError: There is no such file.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"prefopt {command} wants the run file first: prefopt {command} RUN.yaml --option value")
+    path, *options = arguments
+    run_file = read_run_file(path)
+    method = run_file.values.get("method", "dpo")
+    if method not in METHODS:
+        raise ValueError(f"{run_file.where('method')}: method={method!r}: must be one of {', '.join(METHODS)}")
+    return method, ["--config", path, *options]

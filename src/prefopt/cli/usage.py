@@ -12,6 +12,14 @@ METHODS = {
 COMMANDS = {
     **{name: f"Train with {text}." for name, text in METHODS.items()},
     "train": "Train as a YAML file says: prefopt train RUN.yaml (its key 'method' names dpo, cpo or tpo).",
+    "check": "Before a run: options, every row, one real step, memory and time. Status 0: it will run.",
+    "show": "Before a run: what the model sees of rows, token by token, and what it is trained on.",
+    "stats": "What is in a data set: lengths, duplicates, bias to length, what is cut, what is saved.",
+    "recipes": "Commented run files for every method: prefopt recipes ls, prefopt recipes cp NAME.",
+    "report": "After runs: one HTML file of curves, diagnosis, pairs and samples; of several, side by side.",
+    "compare": "A tuned model beside its base on preference data: accuracy, margins, KL, length, samples.",
+    "merge": "Merge a run's adapter into its base, checked: the same logits, the same text.",
+    "sweep": "Many configurations over one data set, at the same time: all curves early.",
     "env": "Show versions, devices, and what this machine can do. Paste it into a bug report.",
     "quickstart": "Train a small model on generated preferences and show before and after. No download.",
 }
@@ -89,6 +97,7 @@ def usage() -> str:
             *lines,
             "",
             "  prefopt quickstart",
+            "  prefopt recipes cp dpo && prefopt check dpo.yaml && prefopt train dpo.yaml",
             "  prefopt dpo --model_name_or_path MODEL --dataset_name DATA --output_dir OUT",
             "  prefopt cpo --config run.yaml --loss_type simpo --cpo_alpha 0",
             "",
