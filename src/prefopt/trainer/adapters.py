@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +29,7 @@ __all__ = [
     "refuse_frozen",
     "regularised",
     "warn_of_acting",
+    "without_their_warnings",
     "wrap_with_adapter",
 ]
 
@@ -59,9 +62,16 @@ def wrap_with_adapter(model: Any, peft_config: Any, args: Any) -> Any:
     if isinstance(model, PeftModel):
         return stacked_adapter(model, peft_config)
     model = ready_for_adapter(model)
-    with warnings.catch_warnings():  # peft 0.21 asks for checkpointing by the name that transformers 5.23 deprecates
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    with without_their_warnings():
         return get_peft_model(model, peft_config)
+
+
+@contextmanager
+def without_their_warnings() -> Iterator[None]:
+    """peft 0.21 asks for checkpointing by the name that transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
 
 
 def warn_of_acting(model: Any, peft_config: Any) -> None:

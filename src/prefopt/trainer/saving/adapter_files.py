@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapte
 from prefopt.checkpoints.tensors import has_state, read_state, write_state, write_tensors
 from prefopt.reference.adapters import is_peft
 from prefopt.reference.weights import named_weights
-from prefopt.trainer.adapters import AllocateRanks, ready_for_adapter
+from prefopt.trainer.adapters import AllocateRanks, ready_for_adapter, without_their_warnings
 from prefopt.trainer.saving.weight_files import some, weight_files
 
 __all__ = ["base_of_adapter", "load_adapter_weights", "save_encoders", "save_ranks", "with_saved_adapter"]
@@ -57,7 +57,8 @@ def with_saved_adapter(base: Any, name: str | os.PathLike[str], **hub: Any) -> A
     """The base model with the adapter of a folder or repository, which is trained further."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(ready_for_adapter(base), os.fspath(name), is_trainable=True, **hub)
+    with without_their_warnings():
+        return PeftModel.from_pretrained(ready_for_adapter(base), os.fspath(name), is_trainable=True, **hub)
 
 
 def load_adapter_weights(model: Any, checkpoint: str | Path) -> None:
