@@ -1,4 +1,4 @@
-# make quickstart | test | reliability | lint: each makes its environment in .venv, once.
+# make quickstart | test | reliability | docs | lint: each makes its environment in .venv, once.
 # Needs Python 3.11, make and pip.
 
 PYTHON ?= python3.11
@@ -13,12 +13,13 @@ TORCH  ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test reliability lint clean
+.PHONY: help quickstart test reliability docs lint clean
 
 help:
 	@echo "make quickstart   train a small model with DPO and show before and after"
 	@echo "make test         all tests (TESTS=tests/cli for some, JOBS=8 for more processes)"
 	@echo "make reliability  the long form of what must survive, ending with its figures (hours; JOBS=8 for more processes)"
+	@echo "make docs         the documentation as a site, in site/"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        remove the environment"
 
@@ -34,6 +35,9 @@ endif
 reliability: .venv/.test
 	RELIABILITY=long $(BIN)/pytest tests/reliability tests/parity/test_loss_curve.py \
 	    -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+docs: .venv/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
@@ -54,7 +58,7 @@ clean:
 	touch $@
 
 .venv/.test: .venv/.base
-	$(PIP) --editable '.[peft,test]'
+	$(PIP) --editable '.[peft,test,docs]'
 	touch $@
 
 .venv/.lint: .venv/.base

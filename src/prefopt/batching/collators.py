@@ -45,9 +45,15 @@ class DataCollatorForPreference(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def branches(self) -> tuple[Branch, ...]:
+        """The completions of a row, in the order in which they stand in the batch."""
         return PAIR
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask`` and ``completion_mask`` [B * P, T] of P rows, padded on the right.
+
+        Raises:
+            ValueError: ``truncation_mode`` is none.
+        """
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(
                 f"Unsupported truncation mode: {self.truncation_mode!r}. Use one of {', '.join(TRUNCATION_MODES)}."

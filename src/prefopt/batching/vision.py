@@ -64,6 +64,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
     image_roots: tuple[str, ...] = DEFAULT_ROOTS
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        """What the processor makes of P rows: ``input_ids`` [2 P, T] with masks beside, and the images' tensors."""
         rows = [
             rendered_row(example, number, self.processor, self.image_roots) for number, example in enumerate(examples)
         ]

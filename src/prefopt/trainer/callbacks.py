@@ -186,6 +186,11 @@ class BEMACallback(TrainerCallback):
         return {name: divided_like(part, weights[name]) for name, part in self.average.average.items()}
 
     def trained_weights(self) -> dict[str, nn.Parameter]:
+        """Name -> weight, of those that training changes.
+
+        Raises:
+            AssertionError: before training has begun.
+        """
         assert self.model is not None
         return {name: weight for name, weight in named_weights(self.model).items() if weight.requires_grad}
 
