@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefopt.cli.errors import users_mistakes
+from prefopt.files import replace_file
 
 if TYPE_CHECKING:
     from prefopt.inspection.comparing.comparison import Comparison
@@ -25,13 +26,12 @@ def main(arguments: Sequence[str] = ()) -> int:
     options = parser().parse_args(list(arguments))
     with users_mistakes():
         found = comparison(options)
+    wanted = [(path, make) for path, make in ((options.html, page), (options.json, as_json)) if path is not None]
+    for path, make in wanted:
+        replace_file(path, make(found))
     show(found)
-    for path, make in ((options.html, page), (options.json, as_json)):
-        if path is not None:
-            from prefopt.files import replace_file
-
-            replace_file(path, make(found))
-            print(f"written to {path}")
+    for path, _ in wanted:
+        print(f"written to {path}")
     return 0
 
 
@@ -119,10 +119,10 @@ def show(found: Comparison) -> None:
     table.add_column(f"{len(found.scores.rows)} pairs", no_wrap=True)
     for header in ("base", "tuned", "change"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("unit")
-    for row in figures(found):
+    for *row, _ in figures(found):
         table.add_row(*row)
     console.print(table)
+    console.print("accuracies are shares of pairs; log p, margin and KL in nats, KL per token; lengths in tokens")
     for sample in found.samples[:NUM_SHOWN]:
         console.print(Text(f"row {sample.row}", style="bold"))
         for title in ("prompt", "chosen", "base", "tuned"):
@@ -159,8 +159,9 @@ def written(figure: Figure | None, sign: str = "") -> str:
 
 def page(found: Comparison) -> str:
     """The comparison as HTML."""
+    from prefopt.inspection.comparing.picture import draw_pairs
     from prefopt.inspection.comparing.statistics import worst_and_best
-    from prefopt.report.page import rendered
+    from prefopt.report.page import rendered, vector
 
     worst, best = worst_and_best(found.scores, NUM_EXTREMES)
     return rendered(
@@ -168,6 +169,7 @@ def page(found: Comparison) -> str:
         title="Comparison of two models",
         found=found,
         figures=list(figures(found)),
+        picture=vector(draw_pairs(found.scores)),
         extremes=(("moved furthest the wrong way", worst), ("moved furthest the right way", best)),
         longest=2000,
     )
