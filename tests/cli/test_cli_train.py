@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tiny_models import save_tiny, standard_rows
 
 from prefopt.cli.main import main
@@ -153,16 +151,6 @@ def test_the_example_scripts_train(method, options, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(script), *options])
     runpy.run_path(str(script), run_name="__main__")
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_example_configs_parse(path):
-    text = path.read_text()
-    assert re.match(rf"# prefopt train examples/configs/{path.name}\b", text)
-    method = yaml.safe_load(text)["method"]
-    _, training, model, _ = make_parser(method).parse_args_and_config(["--config", str(path)])
-    assert training.objective().names
-    assert model.model_name_or_path
 
 
 def test_default_model_config_is_trls():

@@ -86,15 +86,28 @@ class PrefParser(HfArgumentParser):
         arguments, path = without_config(sys.argv[1:] if args is None else list(args))
         run_file = None if path is None else read_run_file(path)
         unknown: list[Unknown] = []
+        problems: list[str] = []
         self._from_file = {}
         if run_file is not None:
             run_file.set_environment()
-            unknown = self._take(run_file)
-        *outputs, rest = self._parse(arguments, run_file)
+            unknown, problems = self._take(run_file)
+        *outputs, rest = self._parse(arguments, run_file, problems)
         if return_remaining_strings:
             from_file = [text for item in unknown for text in item.as_strings()]
             return (*outputs, from_file, rest) if separate_remaining_strings else (*outputs, from_file + rest)
         self._refuse(unknown if fail_with_unknown_args else [], rest)
+        return tuple(outputs)
+
+    def parse_run_file(self, run_file: RunFile) -> tuple[Any, ...]:
+        """An instance of each dataclass, from a file that was read, or from what could stand in one.
+
+        Raises:
+            ValueError: An unknown key, or a value that does not fit.
+        """
+        self._from_file = {}
+        unknown, problems = self._take(run_file)
+        *outputs, rest = self._parse([], run_file, problems)
+        self._refuse(unknown, rest)
         return tuple(outputs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
@@ -123,20 +136,24 @@ class PrefParser(HfArgumentParser):
             action = parser._option_string_actions[f"--{field.name}"]
             action.type = _or_none(action.type)
 
-    def _parse(self, arguments: Sequence[str], run_file: RunFile | None) -> tuple[Any, ...]:
-        """Makes the dataclasses; an error of theirs names the lines of the file that it is about."""
+    def _parse(self, arguments: Sequence[str], run_file: RunFile | None, problems: Sequence[str]) -> tuple[Any, ...]:
+        """Makes the dataclasses; an error of theirs names the lines of the file that it is about, and comes with the
+        ``problems`` that the file has already."""
         try:
-            return self.parse_args_into_dataclasses(
+            made = self.parse_args_into_dataclasses(
                 arguments, return_remaining_strings=True, look_for_args_file=bool(sys.argv[0])
             )
         except ValueError as error:
             if run_file is None:
                 raise
             places = [run_file.where(key) for key in run_file.values if re.search(rf"\b{key}=", str(error))]
-            raise ValueError("\n".join([str(error), *(f"(set in {place})" for place in places)])) from error
+            raise ValueError("\n".join([*problems, str(error), *(f"(set in {place})" for place in places)])) from error
+        if problems:
+            raise ValueError("\n".join(problems))
+        return made
 
-    def _take(self, run_file: RunFile) -> list[Unknown]:
-        """Keeps the file's values for the options they are of; returns the rest."""
+    def _take(self, run_file: RunFile) -> tuple[list[Unknown], list[str]]:
+        """Keeps the file's values for the options they are of; returns the rest, and what is wrong with values."""
         unknown, problems = [], []
         for key, value in run_file.values.items():
             if key in self._ignored_keys:
@@ -150,9 +167,7 @@ class PrefParser(HfArgumentParser):
                 action.required = False
             except argparse.ArgumentError as error:
                 problems.append(f"{run_file.where(key)}: {key}: {error.message}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return unknown
+        return unknown, problems
 
     def _converted(self, action: argparse.Action, annotation: Any, value: Any) -> Any:
         """A YAML value as the option's type."""

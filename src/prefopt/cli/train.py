@@ -49,15 +49,32 @@ def make_trainer(
         ValueError: No model or no data is named, or one of them does not fit.
     """
     show_log()
+    if missing := missing_names(script, model, mixture):
+        raise ValueError("\n".join(missing))
+    training.image_roots = training.image_roots or image_roots(script, mixture) or None
+    sets = load_data(script, mixture, with_eval=training.eval_strategy != "no")
+    return trainer_on(*sets, method, script, training, model)
+
+
+def missing_names(script: ScriptArguments, model: ModelConfig, mixture: DatasetMixtureConfig) -> list[str]:
+    """What a run must name and this one does not."""
     missing = []
     if model.model_name_or_path is None:
         missing.append("model_name_or_path: name the model to train, a folder or a Hub name")
     if script.dataset_name is None and not mixture.datasets:
         missing.append("dataset_name: name the data, a file, a folder or a Hub name (or datasets: in YAML)")
-    if missing:
-        raise ValueError("\n".join(missing))
-    training.image_roots = training.image_roots or image_roots(script, mixture) or None
-    train_dataset, eval_dataset = load_data(script, mixture, with_eval=training.eval_strategy != "no")
+    return missing
+
+
+def trainer_on(
+    train_dataset: Any,
+    eval_dataset: Any,
+    method: str,
+    script: ScriptArguments,
+    training: PreferenceConfig,
+    model: ModelConfig,
+) -> Any:
+    """The method's trainer on these sets, with the model loaded."""
     training.model_init_kwargs = model_options(model, training)
     trainer = getattr(prefopt, f"{method.upper()}Trainer")(
         model=model.model_name_or_path,

@@ -26,7 +26,7 @@ from prefopt.data.template import tokenizer_of
 from prefopt.data.truncate import TruncationMode, can_stay_whole, truncate, without_context_unscored
 from prefopt.types import RANKS, Branch, PreferenceExample, TokenizedExample
 
-__all__ = ["RowEncoder", "refusal"]
+__all__ = ["RowEncoder", "refusal", "status_of_text", "unforeseen"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,15 @@ class RowEncoder:
     max_completion_length: int | None = None
     """Of encoder-decoder models, whose prompts and completions are apart; None: they are one sequence."""
     image_roots: tuple[str, ...] = DEFAULT_ROOTS
+    context: int | None = None
+    """Tokens that the model takes, where nothing is cut; longer rows are marked."""
 
     def __call__(self, columns: Mapping[str, Sequence[Any]], row_numbers: Sequence[int]) -> Any:
         known = [name for name in columns if name in known_columns(self.branches)]
         values = {name: columns[name] for name in known}
         rows = [{name: values[name][i] for name in known} for i in range(len(row_numbers))]
         try:
-            encoded = self._encode(rows, row_numbers)
+            encoded = self.encode(rows, row_numbers)
         except RowError as error:
             raise ValueError(f"{self.name} data, {error}") from error.__cause__
         except Exception as error:  # a library's, about something in these rows that none of the rules foresees
@@ -82,52 +84,80 @@ class RowEncoder:
         return TextEncoder(tokenizer_of(self.processing_class))
 
     @cached_property
-    def _read_image(self) -> ImageReader | None:
+    def read_image(self) -> ImageReader | None:
+        """What reads the images of rows; None for a tokenizer."""
         return make_reader(self.processing_class, self.image_roots) if self.max_completion_length is None else None
 
-    def _encode(
+    def encode(
         self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int]
     ) -> list[tuple[TokenizedExample, Status]]:
+        """The rows as token ids within ``max_length``, in order; of those with nothing to learn from, no ids.
+
+        Raises:
+            RowError: a row is broken; the first one is named.
+        """
         numbers = [pair_numbers(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        encoded = [self.fit(*item) for item in self.tokenized(rows, row_numbers)]
+        filled = [(filled_up(example, self.branches), flags) for example, flags in encoded]
+        return [(replace(example, **own), flags) for (example, flags), own in zip(filled, numbers, strict=True)]
+
+    def tokenized(
+        self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int]
+    ) -> list[tuple[TokenizedExample, Status]]:
+        """The rows as token ids before any cut, in order; of those whose text has nothing to learn from, no ids.
+
+        Raises:
+            RowError: a row is broken; the first one is named.
+        """
         numbered = zip(rows, row_numbers, strict=True)
-        parsed = [parse_row(row, number, self.branches, self._read_image) for row, number in numbered]
-        status = [_status_of_text(item) if isinstance(item, PreferenceExample) else Status(0) for item in parsed]
+        parsed = [parse_row(row, number, self.branches, self.read_image) for row, number in numbered]
+        status = [status_of_text(item) if isinstance(item, PreferenceExample) else Status(0) for item in parsed]
         pairs = zip(parsed, status, strict=True)
         texts = [item for item, flags in pairs if isinstance(item, PreferenceExample) and not flags]
         tokenize = tokenize_examples if self.max_completion_length is None else tokenize_apart
         tokenized = iter(tokenize(texts, self.processing_class, self._text_encoder))
-        encoded: list[tuple[TokenizedExample, Status]] = []
+        found: list[tuple[TokenizedExample, Status]] = []
         for item, flags in zip(parsed, status, strict=True):
             if flags:
-                encoded.append((_nothing(item, self.branches), flags))
-            elif isinstance(item, PreferenceExample):
-                encoded.append(self._fit(*next(tokenized)))
+                found.append((_nothing(item, self.branches), flags))
             else:
-                encoded.append(self._fit(item, Status(0)))
-        filled = [(filled_up(example, self.branches), flags) for example, flags in encoded]
-        return [(replace(example, **own), flags) for (example, flags), own in zip(filled, numbers, strict=True)]
+                found.append(next(tokenized) if isinstance(item, PreferenceExample) else (item, flags))
+        return found
+
+    def mistakes(self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int]) -> list[RowError]:
+        """What is wrong with each of the rows that are broken; nothing where all can be prepared."""
+        try:
+            self.encode(rows, row_numbers)
+        except Exception as error:  # as in `__call__`
+            pairs = zip(rows, row_numbers, strict=True)
+            found = (self._guilty([row], [number], error) for row, number in pairs)
+            return [item for item in found if item is not error and isinstance(item, RowError)]
+        return []
 
     def _guilty(self, rows: Sequence[Mapping[str, Any]], row_numbers: Sequence[int], error: Exception) -> Exception:
         """What is wrong with the first row that cannot be prepared by itself."""
         for row, number in zip(rows, row_numbers, strict=True):
             try:
-                self._encode([row], [number])
+                self.encode([row], [number])
             except RowError as own:
                 return own
             except Exception as own:
-                fix = "Look at the row, and change it or leave it out."
-                return bad_row(number, ", ".join(row), f"it cannot be prepared ({type(own).__name__}: {own})", fix)
+                return unforeseen(row, number, own)
         return error
 
-    def _fit(self, example: TokenizedExample, status: Status) -> tuple[TokenizedExample, Status]:
+    def fit(self, example: TokenizedExample, status: Status) -> tuple[TokenizedExample, Status]:
         """The example within ``max_length``, and why there is nothing to learn from it, if so."""
+        if skip_reason(status):
+            return _nothing(example, self.branches), status
         status |= _status_of_tokens(example, Status.EMPTY, Status.UNTRAINABLE, Status.EQUAL)
-        stretches = image_stretches(example, self._read_image) if self._read_image and example.images else {}
+        stretches = image_stretches(example, self.read_image) if self.read_image and example.images else {}
         fitted = self._cut(example, stretches)
         if fitted is not example:
             status |= Status.TRUNCATED
         if not all(can_stay_whole(own, self.max_length, self.truncation_mode) for own in stretches.values()):
             status |= Status.IMAGES_CUT
+        if self.context is not None and longest_sequence(example) > self.context:
+            status |= Status.BEYOND_CONTEXT
         scored = without_context_unscored(fitted) if self.max_completion_length is None else fitted
         if not skip_reason(status):
             cut = (Status.CUT_AWAY, Status.CUT_AWAY, Status.EQUAL_WHEN_CUT)
@@ -151,8 +181,19 @@ class RowEncoder:
         return reason is None
 
 
+def longest_sequence(example: TokenizedExample) -> int:
+    """Tokens of the prompt and the longest completion."""
+    return len(example.prompt_ids) + max(map(len, example.completion_ids.values()))
+
+
 def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, array) else value
+
+
+def unforeseen(row: Mapping[str, Any], number: int, error: Exception) -> RowError:
+    """The error for a row on which a library fails."""
+    fix = "Look at the row, and change it or leave it out."
+    return bad_row(number, ", ".join(row), f"it cannot be prepared ({type(error).__name__}: {error})", fix)
 
 
 def refusal(name: str, row: int, reason: str) -> str:
@@ -166,7 +207,8 @@ def _nothing(example: PreferenceExample | TokenizedExample, branches: Sequence[B
     return TokenizedExample(example.row, [], empty, empty, ref_sum_logps=example.ref_sum_logps)
 
 
-def _status_of_text(example: PreferenceExample) -> Status:
+def status_of_text(example: PreferenceExample) -> Status:
+    """Whether a row has nothing to learn from, as far as its text tells."""
     if any(is_blank(completion) for completion in example.completions.values()):
         return Status.EMPTY
     return Status.EQUAL if _are_alike(example, example.completions) else Status(0)

@@ -15,12 +15,20 @@ PROBLEM_LENGTH, VALUE_LENGTH = 1000, 60
 
 
 class RowError(ValueError):
-    """A row is broken; the message names it."""
+    """A row is broken; the message names it, and these say the same in parts."""
+
+    row: int
+    column: str
+    problem: str
+    fix: str
 
 
 def bad_row(row: int, column: str, problem: str, fix: str) -> RowError:
     """The error for a broken row: its number, its column, what is wrong and how to mend it."""
-    return RowError(harmless(f"row {row}, column {column!r}: {shortened(problem, PROBLEM_LENGTH)}. {fix}"))
+    problem = shortened(problem, PROBLEM_LENGTH)
+    error = RowError(harmless(f"row {row}, column {column!r}: {problem}. {fix}"))
+    error.row, error.column, error.problem, error.fix = row, column, problem, fix
+    return error
 
 
 def check_text(text: str, row: int, column: str) -> None:

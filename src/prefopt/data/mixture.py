@@ -91,6 +91,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict:
         paths = ", ".join(config.path for config in configs)
         fix = "Give all sets the same columns of the same types, e.g. with `columns`."
         raise ValueError(f"datasets: the columns of {paths} do not fit together ({error}). {fix}") from error
+    combined.info.dataset_name = ", ".join(dict.fromkeys(config.path for config in configs))
     if mixture_config.test_split_size is None:
         return DatasetDict({"train": combined})
     if isinstance(combined, IterableDataset):

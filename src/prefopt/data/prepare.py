@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from uuid import uuid4
 
 from datasets import Dataset, IterableDataset
@@ -43,6 +43,7 @@ class PrepareOptions:
         max_completion_length: of an encoder-decoder model, whose prompts and completions are sequences of their own:
             tokens of a completion that are kept, where ``max_length`` is the prompt's; ``None`` for other models.
         image_roots: folders and beginnings of URLs within which images must lie that rows name by path or URL.
+        context: tokens that the model takes, where ``max_length`` is None: rows with more are counted and named.
     """
 
     branches: tuple[Branch, ...]
@@ -52,6 +53,7 @@ class PrepareOptions:
     on_bad_row: Literal["skip", "error"] = "skip"
     max_completion_length: int | None = None
     image_roots: tuple[str, ...] = DEFAULT_ROOTS
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
@@ -65,7 +67,12 @@ class PrepareOptions:
 
 
 def prepare_dataset(
-    dataset: Dataset | IterableDataset, processing_class: Any, options: PrepareOptions, *, name: str
+    dataset: Dataset | IterableDataset,
+    processing_class: Any,
+    options: PrepareOptions,
+    *,
+    name: str,
+    counted: Callable[[int], None] | None = None,
 ) -> Dataset | IterableDataset:
     """The rows that can be trained on, as token ids, cut to ``max_length``; a prepared set is returned as it is.
 
@@ -81,6 +88,8 @@ def prepare_dataset(
         processing_class: tokenizer, or a processor that holds one.
         options: see :class:`PrepareOptions`.
         name: how messages call the set, e.g. ``"train"``.
+        counted: called with the number of rows of each batch that is prepared, by the process that did it; of a
+            stream it is not.
 
     Raises:
         TypeError: ``dataset`` is no data set.
@@ -100,25 +109,32 @@ def prepare_dataset(
             check_columns(columns, options.branches)
         except ValueError as error:
             raise ValueError(harmless(f"{name} data: {error}")) from None
-    prepare = _prepare_rows if isinstance(dataset, Dataset) else _prepare_stream
-    return prepare(cast(Any, dataset), columns, processing_class, options, name)
+    if isinstance(dataset, Dataset):
+        return _prepare_rows(dataset, columns, processing_class, options, name, counted)
+    return _prepare_stream(dataset, columns, processing_class, options, name)
 
 
 def _prepare_rows(
-    dataset: Dataset, columns: Sequence[str], processing_class: Any, options: PrepareOptions, name: str
+    dataset: Dataset,
+    columns: Sequence[str],
+    processing_class: Any,
+    options: PrepareOptions,
+    name: str,
+    counted: Callable[[int], None] | None,
 ) -> Dataset:
     settings = (options.branches, options.max_length, options.truncation_mode)
     apart = options.max_completion_length
-    own = {"max_completion_length": apart, "image_roots": options.image_roots}
+    own = {"max_completion_length": apart, "image_roots": options.image_roots, "context": options.context}
     encode = RowEncoder(processing_class, *settings, name, **own)
     # What is made of a set in memory is not cached, and writing out a large vocabulary for a key takes long
+    roots = [os.path.abspath(root) for root in options.image_roots]
     key = (
-        cache_key(dataset, processing_class, *settings, apart, [os.path.abspath(root) for root in options.image_roots])
+        cache_key(dataset, processing_class, *settings, apart, roots, options.context)
         if dataset.cache_files
         else uuid4().hex
     )
     mapped = undecoded(dataset).map(
-        encode,
+        encode if counted is None else Counted(encode, counted),
         batched=True,
         batch_size=_BATCH_ROWS,
         with_indices=True,
@@ -129,7 +145,7 @@ def _prepare_rows(
         desc=f"Tokenising {name} data",
     )
     end_template_process()
-    report, kept = PrepareReport(name), []
+    report, kept = PrepareReport(name, context=options.context), []
     for row, status in enumerate(mapped.data.column("status").to_pylist()):
         report.add(row, status)
         reason = skip_reason(status)
@@ -142,6 +158,19 @@ def _prepare_rows(
     prepared = prepared if len(kept) == len(mapped) else prepared.select(kept)
     setattr(prepared, _REPORT, report)
     return prepared
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A `RowEncoder` that says how many rows it has done."""
+
+    encode: RowEncoder
+    counted: Callable[[int], None]
+
+    def __call__(self, columns: Mapping[str, Sequence[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
+        encoded = self.encode(columns, row_numbers)
+        self.counted(len(row_numbers))
+        return encoded
 
 
 class PreparedStream(IterableDataset):
@@ -160,10 +189,11 @@ class PreparedStream(IterableDataset):
 def _prepare_stream(
     dataset: IterableDataset, columns: Sequence[str], processing_class: Any, options: PrepareOptions, name: str
 ) -> IterableDataset:
-    report = PrepareReport(name)
+    report = PrepareReport(name, context=options.context)
     settings = (options.branches, options.max_length, options.truncation_mode)
     apart = options.max_completion_length
-    encode = RowEncoder(processing_class, *settings, name, options.on_bad_row, report, apart, options.image_roots)
+    own = (options.on_bad_row, report, apart, options.image_roots, options.context)
+    encode = RowEncoder(processing_class, *settings, name, *own)
     stream = undecoded(dataset).map(
         encode,
         batched=True,

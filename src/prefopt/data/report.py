@@ -25,6 +25,7 @@ class Status(IntFlag):
     REWRITTEN = 64
     TRUNCATED = 128
     IMAGES_CUT = 256
+    BEYOND_CONTEXT = 512
 
 
 SKIPPED = {
@@ -64,6 +65,10 @@ class PrepareReport:
     """Kept rows with a completion of several turns that is trained on whole."""
     skipped: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> row numbers."""
+    beyond_context: list[int] = field(default_factory=list)
+    """Numbers of kept rows that are longer than the model's context, where nothing is cut."""
+    context: int | None = None
+    """Tokens that the model takes, where nothing is cut."""
     is_complete: bool = False
     """Whether every row was counted; from then on the tally stays as it is."""
 
@@ -85,6 +90,8 @@ class PrepareReport:
         self.num_truncated += bool(status & Status.TRUNCATED)
         self.num_merged += bool(status & Status.MERGED)
         self.num_rewritten += bool(status & Status.REWRITTEN)
+        if status & Status.BEYOND_CONTEXT:
+            self.beyond_context.append(row)
 
     def lines(self) -> list[str]:
         """What is worth saying, one line each; nothing where all is well."""
@@ -104,6 +111,12 @@ class PrepareReport:
                 "that completions of several turns are trained on whole, not on the assistant's turns alone; a "
                 "template with {% generation %} markers avoids it."
             )
+        if self.beyond_context:
+            lines.append(
+                f"{self.name} data: {len(self.beyond_context)} {of_rows} are longer than the model's context of "
+                f"{self.context} tokens ({named(self.beyond_context)}): it has not learned such positions, and fails "
+                f"on them where it has a table of them. Set max_length={self.context} to cut them."
+            )
         return lines
 
     def restart(self) -> None:
@@ -111,6 +124,7 @@ class PrepareReport:
         if not self.is_complete:
             self.num_rows = self.num_truncated = self.num_merged = self.num_rewritten = 0
             self.skipped.clear()
+            self.beyond_context.clear()
 
     def finish(self) -> None:
         """Every row was counted: writes the lines as warnings, once.
@@ -118,12 +132,13 @@ class PrepareReport:
         Raises:
             ValueError: no row is left; the reasons are named.
         """
-        if not self.is_complete:
-            self.is_complete = True
-            for line in self.lines():
-                logger.warning(line)
         if self.num_kept > 0:
+            if not self.is_complete:
+                self.is_complete = True
+                for line in self.lines():
+                    logger.warning(line)
             return
+        self.is_complete = True
         if not self.num_rows:
             raise ValueError(f"{self.name} data: the data set is empty. Give one with at least one row.")
         reasons = "; ".join(f"{len(rows)} x {reason} ({named(rows)})" for reason, rows in self.skipped.items())

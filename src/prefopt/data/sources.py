@@ -61,11 +61,19 @@ def load_source(
     """
     place = Path(path).expanduser()
     if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
-        return _saved(place, split, streaming)
+        return _named(_saved(place, split, streaming), path)
     if place.is_file():
-        return _file(place, split, streaming)
+        return _named(_file(place, split, streaming), path)
     arguments: dict[str, Any] = {"name": name, "data_dir": data_dir, "data_files": data_files, "streaming": streaming}
-    return _load(str(place) if place.is_dir() else path, split, arguments, path)
+    loaded = _load(str(place) if place.is_dir() else path, split, arguments, path)
+    return _named(loaded, data_files if isinstance(data_files, str) and path in _BUILDERS.values() else path)
+
+
+def _named(loaded: Loaded, name: str) -> Loaded:
+    """What was loaded, with the name that it was asked for by: `datasets` keeps that of its reader, or a part of it."""
+    for dataset in loaded.values() if isinstance(loaded, dict) else [loaded]:
+        dataset.info.dataset_name = name
+    return loaded
 
 
 def _file(place: Path, split: str | None, streaming: bool) -> Loaded:
@@ -97,6 +105,8 @@ def _load(builder: str, split: str | None, arguments: dict[str, Any], path: str)
         if splits is not None:
             raise missing_split(path, str(split), splits) from None
         cause = error.__cause__ or error
+        if isinstance(cause, StopIteration):  # what the reader of JSON lets go where there is nothing
+            raise ValueError(f"{path}: the data set is empty. Give one with at least one row.") from None
         raise ValueError(f"{path}: the data cannot be read ({type(cause).__name__}: {cause}).") from error
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
 
 import datasets
@@ -52,6 +53,8 @@ class LoadingTrainer(RememberingTrainer):
     prepare_options: PrepareOptions
     layout: LayoutChoice
     placed_reference: SeparateModel | None
+    part: Callable[..., AbstractContextManager[Any]]
+    """Shows a part of the run."""
 
     def models(self) -> list[Any]:
         """The models that score: the policy, and the reference where it is a model of its own."""
@@ -74,13 +77,17 @@ class LoadingTrainer(RememberingTrainer):
             return None
         return vision_inputs(innermost(self.model), functools.partial(image_tensors, self.processing_class))
 
-    def prepared(self, dataset: Any, name: str) -> Any:
-        """A data set as token ids; one that is prepared already as it is. One rank speaks of skipped rows."""
+    def prepared(self, dataset: Any, name: str, counted: Callable[[int], None] | None = None) -> Any:
+        """A data set as token ids; one that is prepared already as it is. One rank speaks of skipped rows.
+
+        Args:
+            dataset, name, counted: see `prepare_dataset`.
+        """
         state = PartialState()
         if not state.is_main_process:
             logging.getLogger("prefopt.data").setLevel(logging.ERROR)
         with state.main_process_first():
-            rows = prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name)
+            rows = prepare_dataset(dataset, self.processing_class, self.prepare_options, name=name, counted=counted)
         check_pair_numbers(rows, self.preference, name)
         return rows
 
@@ -183,17 +190,21 @@ class LoadingTrainer(RememberingTrainer):
         check = self.check_images(self.train_dataset)
         rows = self.precomputed(self.train_dataset)
         geometry = self.geometry(self._train_batch_size, self.accumulation)
-        order = epoch_order(
+        order, drop_last = self.training_order(rows, geometry), args.dataloader_drop_last
+        collate = self.new_collate()
+        options = {"order": order, "drop_last": drop_last, "check": check, **loader_options(args)}
+        return make_loader(rows, collate, geometry, **options)
+
+    def training_order(self, rows: Any, geometry: Geometry) -> Callable[[int], Sequence[int]]:
+        """Epoch -> the indices of prepared rows in the order of that epoch."""
+        args = self.args
+        return epoch_order(
             args.train_sampling_strategy,
             len(rows) if isinstance(rows, datasets.Dataset) else 0,
             seed=args.seed if args.data_seed is None else args.data_seed,
             batch_size=geometry.block_size,
             lengths=functools.cache(lambda: lengths_of_set(rows, self.preference.branches).totals.tolist()),
         )
-        drop_last = args.dataloader_drop_last
-        collate = self.new_collate()
-        options = {"order": order, "drop_last": drop_last, "check": check, **loader_options(args)}
-        return make_loader(rows, collate, geometry, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """Of each item one micro-batch per rank, or more within the budget of tokens; the items in the set's order."""
@@ -249,6 +260,7 @@ class LoadingTrainer(RememberingTrainer):
                 loader_options(args),
                 self.is_left,
                 self.in_fitting_batches,
+                self.part,
             )
         if isinstance(remembered.source, SeparateModel):
             remembered.source.to("cpu")  # its work is done until a set comes that was not scored

@@ -116,6 +116,7 @@ def prepare_options(
         on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
         max_completion_length=completion_limit(args, context) if apart else None,
         image_roots=DEFAULT_ROOTS if args.image_roots is None else tuple(args.image_roots),
+        context=context if max_length is None and not apart else None,
     )
 
 

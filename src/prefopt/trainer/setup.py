@@ -88,7 +88,11 @@ def load_processing_class(given: Any, model: Any, args: PreferenceConfig) -> Any
             raise ValueError(
                 "The model was built in memory and has no name to load a tokenizer by; pass `processing_class`."
             )
-        given = load_by_name(name, args)
+        try:
+            given = load_by_name(name, args)
+        except OSError as error:
+            fix = f"Check the spelling, and the folder the command runs in ({str(error).partition(chr(10))[0]})."
+            raise FileNotFoundError(f"{name}: no folder or Hub model of this name has a tokenizer. {fix}") from error
     if not isinstance(given, PreTrainedTokenizerBase | ProcessorMixin):
         raise TypeError(
             "The `processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`, "
@@ -105,6 +109,9 @@ def load_processing_class(given: Any, model: Any, args: PreferenceConfig) -> Any
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token == tokenizer.eos_token:
+        text = "The pad token is the EOS token (%s): harmless, padding is known by its place; every EOS is trained on."
+        logger.info(text, tokenizer.eos_token)
     return given
 
 
