@@ -1,4 +1,4 @@
-"""Adapter, quantisation and device map from command-line options; ``prefopt env``."""
+"""Adapter, quantisation and device map from command-line options."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import builtins
 import pytest
 import torch
 
-from prefopt.cli.env import describe
-from prefopt.cli.env import main as env
 from prefopt.cli.model_config import ModelConfig, get_kbit_device_map, get_peft_config, get_quantization_config
 
 
@@ -92,33 +90,3 @@ def test_device_map_of_a_quantised_model(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("accelerate.PartialState", lambda: type("State", (), {"local_process_index": 3}))
     assert get_kbit_device_map() == {"": 3}
-
-
-def test_env_names_versions_and_devices(capsys):
-    assert env([]) == 0
-    printed = capsys.readouterr().out
-    assert f"torch                 {torch.__version__.partition('+')[0]}" in printed
-    for name in ("prefopt", "transformers", "accelerate", "peft", "bf16", "attention", "layouts", "distributed"):
-        assert f"\n{name} " in printed
-
-
-def test_env_shows_no_secret(monkeypatch, capsys):
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "SOME_PASSWORD"):
-        monkeypatch.setenv(name, "very-secret-value")
-    env([])
-    assert "very-secret-value" not in capsys.readouterr().out
-
-
-def test_env_says_what_a_model_can_do(tmp_path):
-    from tiny_models import save_tiny
-
-    for family, expected in (("llama", "shared_prompt, packed, padded"), ("lfm2", "padded (")):
-        path = save_tiny(tmp_path / family, family)
-        assert dict(describe(path))[f"layouts of {path}"].startswith(expected)
-
-
-def test_env_says_what_an_encoder_decoder_can_do(tmp_path):
-    from encoder_decoders import tiny_encoder_decoder
-
-    tiny_encoder_decoder("t5").save_pretrained(tmp_path)
-    assert dict(describe(str(tmp_path)))[f"layouts of {tmp_path}"].startswith("encoder_decoder")

@@ -1,14 +1,27 @@
-"""``prefopt env``: what a bug report needs, and what this machine can do. Shows no environment variable."""
+"""``prefopt env``: what a bug report needs, what a run gets on this machine, and why. Shows no environment variable.
+
+What is said of a run comes from the functions that decide it in a run.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["describe", "main"]
+if TYPE_CHECKING:
+    import torch
 
+__all__ = ["describe", "main", "rows_attention"]
+
+USAGE = """\
+usage: prefopt env [MODEL]
+
+Versions, devices, and what a run gets on this machine: precision, attention and head kernels, optimizer, packages.
+With MODEL (a folder or a Hub name; its weights are not loaded) also: layout, attention, context, chat template, size.
+"""
 PACKAGES = (
     "prefopt",
     "torch",
@@ -19,17 +32,41 @@ PACKAGES = (
     "safetensors",
     "huggingface_hub",
 )
-OPTIONAL = ("peft", "bitsandbytes", "deepspeed", "flash-attn", "liger-kernel", "kernels", "trl")
+OPTIONAL = {
+    "peft": "use_peft: LoRA and other adapters; pip install 'prefopt[peft]'",
+    "bitsandbytes": "load_in_4bit, load_in_8bit, optimizers in 8 bits",
+    "triton": "the head's kernel on CUDA; without it torch computes the same",
+    "flash-attn": "attention with soft caps or dropout on CUDA; without it FlexAttention, or segment by segment",
+    "liger-kernel": "use_liger_kernel: layer kernels on CUDA",
+    "kernels": "kernels from the Hub (use_kernels, attn_implementation)",
+    "deepspeed": "accelerate_config zero1, zero2, zero3",
+    "pillow": "images",
+    "optuna": "pruning in sweeps, hyperparameter_search; pip install 'prefopt[sweep]'",
+    "tensorboard": "report_to tensorboard",
+    "trackio": "report_to trackio",
+    "wandb": "report_to wandb",
+    "mlflow": "report_to mlflow",
+    "trl": "tests that compare with it",
+}
+"""Package -> what it switches on."""
 GIB = 2**30
+KINDS = {"plain": {}, "window": {"windowed": True}, "soft cap": {"softcap": 50.0}, "sinks": {"sinks": True}}
+"""What layers may ask of their attention."""
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Prints the description; with a model's name as argument also the batch layouts the model can take."""
+    """Prints the description; with a model's name as argument also what the model gets.
+
+    Raises:
+        UserError: there is no such model.
+    """
     if set(argv) & {"-h", "--help"}:
-        print("usage: prefopt env [MODEL]\n\nVersions, devices, and what this machine (and the model) can do.")
+        print(USAGE, end="")
         return 0
+    from prefopt.terminal import harmless
+
     for name, value in describe(argv[0] if argv else None):
-        print(f"{name:<22}{value}")
+        print(harmless(f"{name:<22}{value}"))
     return 0
 
 
@@ -37,24 +74,26 @@ def describe(model: str | None = None) -> Iterator[tuple[str, str]]:
     """Pairs of a name and what there is to say."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
-        yield package, _version(package)
-    for package in OPTIONAL:
-        yield package, _version(package)
-    yield from _devices()
-    yield "attention", ", ".join(_attention())
+        yield package, version_of(package) or "not installed"
+    for package, purpose in OPTIONAL.items():
+        yield package, version_of(package) or f"not installed ({purpose})"
+    yield from devices()
+    yield from kernels()
     yield "layouts", "shared_prompt, packed (models whose attention takes segments), padded (all models)"
     if model is not None:
-        yield f"layouts of {model}", _layouts_of(model)
+        from prefopt.cli.env_model import model_lines
+
+        yield from model_lines(model)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _devices() -> Iterator[tuple[str, str]]:
+def devices() -> Iterator[tuple[str, str]]:
     import torch
 
     from prefopt.trainer.precision import has_bf16_hardware
@@ -69,14 +108,15 @@ def _devices() -> Iterator[tuple[str, str]]:
     elif accelerator.type == "cuda":
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            yield f"cuda:{index}", f"{device.name}, {device.total_memory / GIB:.0f} GiB"
+            capability = f"compute capability {device.major}.{device.minor}"
+            yield f"cuda:{index}", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {capability}"
     else:
         yield accelerator.type, f"{torch.accelerator.device_count()} devices"
     yield "bf16", "on by default" if has_bf16_hardware() else "off by default (bf16=True uses it on the CPU)"
-    yield "distributed", ", ".join(_process_groups()) or "none"
+    yield "distributed", ", ".join(process_groups()) or "none"
 
 
-def _process_groups() -> list[str]:
+def process_groups() -> list[str]:
     import torch.distributed as dist
 
     if not dist.is_available():
@@ -85,7 +125,19 @@ def _process_groups() -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def _attention() -> list[str]:
+def kernels() -> Iterator[tuple[str, str]]:
+    """What computes attention, head and optimizer where a run would be."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    yield "attention", ", ".join(implementations())
+    yield "attention of rows", rows_attention(device, KINDS)
+    yield "head", head_kernel(device.type)
+    yield "optimizer", optimizer_on(device)
+
+
+def implementations() -> list[str]:
     """Implementations that ``attn_implementation`` takes here."""
     from transformers.utils.import_utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
@@ -98,17 +150,58 @@ def _attention() -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def _layouts_of(model: str) -> str:
-    """Decided from the config, on a model without weights."""
+def rows_attention(device: torch.device, kinds: Iterable[str], **sizes: Any) -> str:
+    """Which backend computes packed rows, for each kind of attention; on CUDA each has a trial, as in a run.
+
+    Args:
+        device: where.
+        kinds: of `KINDS`.
+        sizes: heads, kv_heads and head_dim of a model.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prefopt.scoring.capability import why_not_packed
-    from prefopt.scoring.encoder_decoder import is_encoder_decoder
+    from prefopt.scoring.attention.backends import BACKENDS, backend_for, obstacle
+    from prefopt.scoring.attention.options import Case
+    from prefopt.trainer.precision import has_bf16_hardware
 
-    config = AutoConfig.from_pretrained(model)
-    if is_encoder_decoder(config):
-        return "encoder_decoder (the only one of a model with two bodies)"
-    with torch.device("meta"):
-        reason = why_not_packed(AutoModelForCausalLM.from_config(config))
-    return "shared_prompt, packed, padded" if reason is None else f"padded ({reason})"
+    dtype = torch.bfloat16 if has_bf16_hardware() else torch.float32
+    shape = {"heads": 8, "kv_heads": 8, "head_dim": 64, **sizes}
+    plain: dict[str, Any] = {"windowed": False, "softcap": None, "sinks": False}
+    chosen: dict[str, str] = {}
+    for kind in kinds:
+        layer = {**plain, **KINDS[kind]}
+        case = Case(device, dtype, value_dim=shape["head_dim"], scale=None, dropout=0.0, unknown=(), **shape, **layer)
+        backend = backend_for("sdpa", case)
+        names = [name for name, known in BACKENDS.items() if known is backend]
+        reasons: dict[str, list[str]] = {}
+        for backend_name in BACKENDS:
+            reasons.setdefault(obstacle(backend_name, case) or "its trial failed", []).append(backend_name)
+        why = "; ".join(f"{', '.join(found)}: {reason}" for reason, found in reasons.items())
+        chosen[kind] = names[0] if names else f"segment by segment, by the model's own attention ({why})"
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ", ".join(f"{kind}: {name}" for kind, name in chosen.items())
+
+
+def head_kernel(device_type: str) -> str:
+    """What computes log-probs from logits."""
+    from prefopt.scoring.head.rows import row_functions
+
+    function = row_functions(device_type).row_stats
+    module = getattr(function, "func", function).__module__.rpartition(".")[2]
+    return {"triton_rows": "Triton, tile by tile", "torch_rows": f"torch, tile by tile ({device_type})"}[module]
+
+
+def optimizer_on(device: torch.device) -> str:
+    """The default optimizer, and whether its fused form runs here: it is tried."""
+    import torch
+    from transformers import TrainingArguments
+
+    name = TrainingArguments.default_optim
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    try:
+        torch.optim.AdamW([weight], fused=True).step()
+    except RuntimeError as error:
+        return f"{name} by default; fused AdamW does not run on {device.type} ({error}): set optim to adamw_torch"
+    return f"{name} by default; fused AdamW runs on {device.type}"

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from prefopt.files import append_line
 from prefopt.terminal import harmless
 from prefopt.trainer.ending.record import keep_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["FILE", "Sample", "SampleTable", "append_to_file", "drop_later_than", "send", "summary"]
 
@@ -70,6 +71,8 @@ class SampleTable:
 
     @property
     def frame(self) -> pd.DataFrame:
+        import pandas as pd  # half a second, which `prefopt quickstart --help` need not wait for
+
         return pd.DataFrame(self.rows)
 
 
