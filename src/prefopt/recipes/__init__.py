@@ -1,1 +1,1 @@
-"""Run files for every method, with what the papers advise."""
+"""Commented run files for every method, with what the papers advise."""
