@@ -19,6 +19,7 @@ from tiny_models import word_tokenizer
 from prefopt.data import PrepareOptions, prepare_dataset, template_process
 from prefopt.quickstart.report import cell
 from prefopt.terminal import harmless
+from prefopt.trainer.card_facts import DataSet
 from prefopt.trainer.model_card import model_card
 from prefopt.trainer.samples import Sample, SampleTable, markdown, summary
 
@@ -192,7 +193,9 @@ SHOWN: dict[str, Callable[[], str]] = {
     "samples in the log": lambda: summary(SampleTable("eval", 1, [Sample(HOSTILE, "a", "b", HOSTILE, None)])),
     "samples in trackers": lambda: markdown(SampleTable("eval", 1, [Sample(HOSTILE, "a", "b", HOSTILE, None)])),
     "quickstart": lambda: cell(HOSTILE),
-    "card": lambda: model_card(method="dpo", model_name=HOSTILE, datasets={HOSTILE: 1}, settings={"optim": HOSTILE}),
+    "card": lambda: model_card(
+        method="dpo", model_name=HOSTILE, datasets=[DataSet(HOSTILE, HOSTILE, "1")], settings={"optim": HOSTILE}
+    ),
     "row": lambda: outcome([{**PAIR, "chosen": {HOSTILE: HOSTILE}}]),
     "template": lambda: outcome(
         [{**CHAT, "chat_template_kwargs": {"chat_template": f"{{{{ raise_exception({json.dumps(HOSTILE)}) }}}}"}}]

@@ -154,6 +154,12 @@ PAPERS: dict[str, Paper] = {
         "Zhou, Wenxuan and others",
         "WPO: Enhancing RLHF with Weighted Preference Optimization",
     ),
+    "mpo": paper(
+        "wang2024enhancing",
+        "2411.10442",
+        "Wang, Weiyun and others",
+        "Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization",
+    ),
     "tr_dpo": paper(
         "gorbatovski2024learn",
         "2404.09656",
@@ -163,6 +169,8 @@ PAPERS: dict[str, Paper] = {
 }
 
 SAME_PAPER = {"aot_unpaired": "aot", "apo_zero": "apo", "apo_down": "apo", "tpo-l": "tpo"}
+MIXED = {"sigmoid", "bco_pair", "sft"}
+"""The losses of MPO: preference, quality and generation."""
 
 
 def cited_papers(method: str, losses: Sequence[str], settings: Mapping[str, object]) -> list[Paper]:
@@ -180,6 +188,7 @@ def cited_papers(method: str, losses: Sequence[str], settings: Mapping[str, obje
     names += [
         name
         for name, used in (
+            ("mpo", set(losses) == MIXED),
             ("alphapo", bool(settings.get("alpha"))),
             ("f_divergence", settings.get("f_divergence_type", "reverse_kl") != "reverse_kl"),
             ("ld_dpo", settings.get("ld_alpha") is not None),

@@ -14,9 +14,11 @@ from huggingface_hub import ModelCardData
 from prefopt.reference.adapters import is_peft
 from prefopt.scoring.forward import innermost
 from prefopt.terminal import harmless
+from prefopt.trainer.card_facts import DataSet, data_sets, has_curves, how_it_went, recorded, settings_of, shown
 from prefopt.trainer.citations import Paper, cited_papers
+from prefopt.trainer.ending.record import CURVES
 from prefopt.trainer.installed import versions
-from prefopt.trainer.saving.masking import without_secrets
+from prefopt.trainer.saving.masking import without_known_secrets, without_secrets
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -25,15 +27,6 @@ METHODS = {
     "cpo": "Contrastive Preference Optimization (CPO)",
     "tpo": "Triple Preference Optimization (TPO)",
 }
-SETTINGS = (
-    *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type"),
-    *("cpo_alpha", "simpo_gamma", "alpha", "tpo_alpha", "tpo_l_gamma", "sync_ref_model", "ref_model_mixup_alpha"),
-    *("ref_model_sync_steps", "max_length", "truncation_mode", "layout", "learning_rate", "lr_scheduler_type"),
-    *("optim", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("seed", "bf16", "fp16"),
-)
-"""The options of a config that a reader of the card wants to know."""
-
 UNINTERESTING = re.compile(r"_runtime$|_per_second$|^total_flos$")
 SECRET = re.compile(r"(^|_)(token|key|secret|password)(_|$)", re.IGNORECASE)
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -46,9 +39,11 @@ def model_card(
     losses: Sequence[str] = (),
     model_name: str = "model",
     base_model: str | None = None,
-    datasets: Mapping[str, int | None] | None = None,
+    datasets: Sequence[DataSet] = (),
     settings: Mapping[str, object] | None = None,
     metrics: Mapping[str, object] | None = None,
+    run: Mapping[str, str] | None = None,
+    curves: str | None = None,
     tags: Sequence[str] = (),
     license: str | None = None,
     language: str | None = None,
@@ -64,18 +59,20 @@ def model_card(
         losses: names of the losses.
         model_name: name of the trained model.
         base_model: path or hub id of the model that was trained.
-        datasets: name -> number of rows, where known.
+        datasets: those of training and evaluation.
         settings: options of the run; those that are None are left out.
         metrics: last value of each; those that are no finite number are left out.
+        run: how it went: what -> value.
+        curves: name of a picture beside the card.
         tags: beyond ``prefopt`` and the method.
         license: SPDX name, if the model has one.
         language: language code.
         is_adapter: the checkpoint holds an adapter, not a model.
     """
-    datasets, settings, metrics = datasets or {}, settings or {}, metrics or {}
+    settings, metrics = settings or {}, metrics or {}
     header = ModelCardData(
         base_model=base_model if base_model is not None and is_hub_id(base_model) else None,
-        datasets=[name for name in datasets if "/" in name and is_hub_id(name)] or None,
+        datasets=hub_names(datasets) or None,
         language=language,
         library_name="peft" if is_adapter else "transformers",
         license=license,
@@ -87,51 +84,75 @@ def model_card(
         f"---\n{header.to_yaml()}\n---",
         f"# {code(shown(model_name))}",
         introduction(method, losses, base_model, is_adapter),
-        section("Data", table(("data set", "rows"), data_rows(datasets))),
+        section("Run", table(("", ""), [(what, code(value)) for what, value in (run or {}).items()])),
+        section("Data", table(("data set", "used for", "rows"), data_rows(datasets))),
         section("Settings", table(("option", "value"), setting_rows(settings))),
         section("Results", table(("metric", "last value"), metric_rows(metrics))),
+        section("Curves", f"![Loss, margins and accuracies over the steps]({curves})" if curves else ""),
         section("Versions", table(("library", "version"), [*versions().items()])),
         section("Citation", citation(papers)),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return without_known_secrets("\n\n".join(part for part in parts if part) + "\n")
 
 
-def write_model_card(trainer: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write the card of a trainer's run so far to ``README.md`` in ``folder``; it is there in full or not at all."""
+def write_model_card(
+    trainer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    finetuned_from: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    **_: Any,
+) -> Path:
+    """Write the card of a trainer's run so far to ``README.md`` in ``folder``; it is there in full or not at all.
+
+    Args:
+        trainer: whose run it is.
+        folder: where to.
+        model_name, tags, language, license: of the card.
+        dataset_name: of the training set, where that does not know its own.
+        finetuned_from: name of the model that training started from, if not the one that its config has.
+        _: what else transformers' trainers take for their card; nothing is made of it.
+    """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
+    named = [tags] if isinstance(tags, str) else tags
+    given = {"model_name": model_name, "base_model": finetuned_from, "tags": named}
+    given |= {"language": language, "license": license}
+    facts = facts_of(trainer, path.parent, dataset_name)
+    card = model_card(**facts | {name: value for name, value in given.items() if value is not None})
     beside = path.with_name("README.md.writing")
-    beside.write_text(card_of(trainer), encoding="utf-8")
+    beside.write_text(card, encoding="utf-8")
     os.replace(beside, path)
     return path
 
 
-def card_of(trainer: Any) -> str:
-    """The `model_card` of a trainer's run so far."""
+def facts_of(trainer: Any, folder: Path, dataset_name: str | None) -> dict[str, Any]:
+    """What a trainer's run knows, as arguments of `model_card`, for a card in ``folder``."""
     args, config = trainer.args, innermost(trainer.model).config
-    options = {name: getattr(args, name, None) for name in SETTINGS}
     logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    return model_card(
-        method=trainer.method,
-        losses=trainer.preference.names,
-        model_name=args.hub_model_id or Path(args.output_dir).name,
-        base_model=config._name_or_path or None,
-        datasets=dict(filter(None, [named_rows(trainer.train_dataset)])),
-        settings={name: value for name, value in options.items() if value is not None and value is not False},
-        metrics={name: value for name, value in logged.items() if not UNINTERESTING.search(name)},
-        is_adapter=is_peft(trainer.model),
-    )
+    record = recorded(trainer)
+    return {
+        "method": trainer.method,
+        "losses": trainer.preference.names,
+        "model_name": args.hub_model_id or Path(args.output_dir).name,
+        "base_model": config._name_or_path or None,
+        "datasets": data_sets(trainer, record, dataset_name),
+        "settings": settings_of(trainer),
+        "metrics": {name: value for name, value in logged.items() if not UNINTERESTING.search(name)},
+        "run": how_it_went(trainer, record),
+        "curves": CURVES if has_curves(folder, record) else None,
+        "is_adapter": is_peft(trainer.model),
+    }
 
 
-def named_rows(dataset: Any) -> tuple[str, int | None] | None:
-    """Name and number of rows of a data set, as far as it knows them."""
-    if dataset is None:
-        return None
-    info = getattr(dataset, "info", None)
-    sources = " ".join(getattr(info, "download_checksums", None) or {})
-    from_hub = re.search(r"hf://datasets/([\w.-]+/[\w.-]+)@", sources)
-    name = from_hub.group(1) if from_hub else getattr(info, "dataset_name", None)
-    return name or "training data", len(dataset) if hasattr(dataset, "__len__") else None
+def hub_names(datasets: Iterable[DataSet]) -> list[str]:
+    """The data sets that are on the Hub, each once."""
+    names = dict.fromkeys(name for own in datasets for name in own.name.split(", "))
+    return [name for name in names if "/" in name and is_hub_id(name)]
 
 
 def introduction(method: str, losses: Sequence[str], base_model: str | None, is_adapter: bool) -> str:
@@ -146,14 +167,14 @@ def section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def table(titles: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    """A table of two columns; nothing where there are no rows."""
-    lines = [f"| {cell(left)} | {cell(right)} |" for left, right in rows]
-    return "\n".join([f"| {titles[0]} | {titles[1]} |", "|---|---|", *lines]) if lines else ""
+def table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table; nothing where there are no rows."""
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *lines]) if lines else ""
 
 
-def data_rows(datasets: Mapping[str, int | None]) -> list[tuple[str, str]]:
-    return [(code(shown(name)), "" if count is None else f"{count:,}") for name, count in datasets.items()]
+def data_rows(datasets: Iterable[DataSet]) -> list[tuple[str, ...]]:
+    return [(code(shown(own.name)), code(own.use), own.rows) for own in datasets]
 
 
 def setting_rows(settings: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -194,13 +215,6 @@ def code(text: str) -> str:
 def cell(text: str) -> str:
     """In a table a bar ends the cell even inside a code span."""
     return text.replace("|", "\\|")
-
-
-def shown(name: str) -> str:
-    """A path by its last part: where it lies is nobody else's business."""
-    if name.startswith(("/", "~", ".", "file:")) or re.match(r"[A-Za-z]:\\", name) or os.path.exists(name):
-        return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
-    return name
 
 
 def is_hub_id(name: str) -> bool:
