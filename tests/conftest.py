@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["PREFOPT_CURVES"] = "off"  # half a second a run; the tests of curves turn them on
+os.environ["PREFOPT_REPORT"] = "off"  # a second a run; the tests of curves and reports turn it on
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -41,6 +41,7 @@ def test_training_is_that_of_one_process(name: str, results: dict[str, dict]) ->
 def test_evaluation_is_that_of_one_process(name: str, results: dict[str, dict]) -> None:
     ours, alone = (results[world][f"evaluate-{name}"] for world in ("2", "1"))
     assert ours.keys() == alone.keys()
+    assert alone["rows"] == list(range(EVALUATED[name]["count"]))
     for key, value in alone.items():
         assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
@@ -51,7 +52,7 @@ def test_the_metrics_of_nine_rows_are_the_same_for_batch_sizes_1_2_4_9_and_for_t
     method: str, results: dict[str, dict]
 ) -> None:
     found = [results[world][f"evaluate-nine-{method}-{size}"] for world in ("1", "2") for size in (1, 2, 4, 9)]
-    metrics = [{name: value for name, value in result.items() if name != "order"} for result in found]
+    metrics = [{name: value for name, value in result.items() if name not in ("order", "rows")} for result in found]
     assert {"eval_loss", "eval_logps/chosen", "eval_rewards/margins", "eval_entropy"} <= set(metrics[0])
     for other in metrics[1:]:
         assert other == pytest.approx(metrics[0], rel=1e-5, abs=1e-6)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "trainer"))
@@ -124,8 +125,10 @@ def ranked(count: int) -> Any:
 
 
 def evaluate(folder: Path, *, count: int, numbers: bool = False, **options: Any) -> dict[str, float]:
-    """Metrics of ``count`` rows before any training, and how many pairs ``compute_metrics`` saw, in which order."""
+    """Metrics of ``count`` rows before any training, how many pairs ``compute_metrics`` saw, in which order, and the
+    rows of the worst and best pairs, which are all rows where they are so few."""
     seen: list[Any] = []
+    kept: list[Any] = []
     run = trainer(
         folder,
         eval_dataset=numbered(count, seed=5) if numbers else dataset(count, seed=5),
@@ -133,8 +136,11 @@ def evaluate(folder: Path, *, count: int, numbers: bool = False, **options: Any)
         compute_metrics=lambda prediction: seen.append(prediction) or {},
         **{"per_device_eval_batch_size": 2, **options},
     )
+    if run.is_world_process_zero():
+        run.record = SimpleNamespace(add=lambda row: None, add_pairs=lambda step, name, pairs: kept.extend(pairs))
     metrics = {k: v for k, v in run.evaluate().items() if "runtime" not in k and "per_second" not in k}
-    return {**metrics, "order": seen[0].predictions.logps_chosen.tolist()}  # type: ignore[dict-item]
+    rows = sorted(pair["row"] for pair in kept)
+    return {**metrics, "order": seen[0].predictions.logps_chosen.tolist(), "rows": rows}  # type: ignore[dict-item]
 
 
 def remembered(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from prefopt import files
 from prefopt.report.curves import PANELS, draw, png
-from prefopt.trainer.ending import recording
+from prefopt.trainer.ending import reporting
 from prefopt.trainer.ending.record import CURVES, METRICS, RUN, append_row, keep_rows, read_rows, rows_until
 
 STEP = 3
@@ -71,7 +71,7 @@ ENDS: dict[str, tuple[Callable[[Any], Callable[[], Any]], str, str, str]] = {
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_run_that_dies_leaves_rows_curves_and_a_reason(tmp_path: Path, end: str, monkeypatch) -> None:
-    monkeypatch.setenv(recording.VARIABLE, "on")
+    monkeypatch.setenv(reporting.VARIABLE, "on")
     monkeypatch.setenv("SOME_API_KEY", OF_THE_ENVIRONMENT)
     make, status, kind, word = ENDS[end]
     run = trainer(tmp_path, max_steps=6)
@@ -187,7 +187,7 @@ def test_a_record_that_cannot_be_written_changes_nothing_of_the_run(tmp_path: Pa
 
 
 def test_a_refused_resume_leaves_the_record_of_the_run_before(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv(recording.VARIABLE, "on")
+    monkeypatch.setenv(reporting.VARIABLE, "on")
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, max_steps=1, **options).train()
     before = [(tmp_path / name).read_bytes() for name in (RUN, METRICS, CURVES)]
@@ -275,8 +275,8 @@ def test_curves_show_training_beside_evaluation() -> None:
 
 
 def test_a_run_does_not_fail_for_its_curves(tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setenv(recording.VARIABLE, "on")
-    monkeypatch.setattr(recording, "draw", lambda *args: fail(RuntimeError("no fonts"))())
+    monkeypatch.setenv(reporting.VARIABLE, "on")
+    monkeypatch.setattr(reporting, "draw", lambda *args: fail(RuntimeError("no fonts"))())
     trainer(tmp_path, max_steps=1).train()
-    assert "curves.png was not drawn" in caplog.text
+    assert "curves.png was not made" in caplog.text
     assert json.loads((tmp_path / RUN).read_text())["status"] == "finished"

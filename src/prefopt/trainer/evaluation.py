@@ -21,6 +21,7 @@ from prefopt.reference.weights import reshard
 from prefopt.scoring.plain import full_logits, target_labels
 from prefopt.step import StepResult, preference_step
 from prefopt.trainer.ending.interrupting import InterruptibleTrainer
+from prefopt.trainer.ending.pairs import Extremes, ScoredPairs
 from prefopt.trainer.guards.nonfinite import say_what_is_not_finite
 from prefopt.trainer.guards.pair_values import pair_losses
 from prefopt.trainer.sharding import prepared_for_scoring
@@ -72,6 +73,7 @@ class EvaluatedStep(NamedTuple):
     tables: list[Tensor]
     """[P, 9] of each micro-batch, for losses that sort."""
     records: list[PairRecord]
+    pairs: list[ScoredPairs]
 
 
 class EvaluatingTrainer(InterruptibleTrainer):
@@ -94,6 +96,7 @@ class EvaluatingTrainer(InterruptibleTrainer):
         model = self.model_for_evaluation()
         self.callback_handler.eval_dataloader = dataloader
         sums, records, tables, custom = MetricSums(), [], [], {}
+        self.extremes = Extremes()  # the worst and best pairs of this set, on this rank
         collate = functools.partial(self.new_collate, padded=self.wants_logits)
         for number, (step, last) in enumerate(with_last(dataloader)):
             self.leave_if_asked(model)
@@ -101,6 +104,7 @@ class EvaluatingTrainer(InterruptibleTrainer):
             of_step = self.in_fitting_batches(evaluate, "the evaluation", step, collate)
             sums.merge(of_step.sums)
             tables += of_step.tables
+            self.extremes.add(of_step.pairs)
             records += of_step.records
             if wants_pairs and self.args.batch_eval_metrics:
                 custom = self.custom_metrics(self.prediction(gather_object(records)), last=last)
@@ -131,12 +135,12 @@ class EvaluatingTrainer(InterruptibleTrainer):
             wants_pairs: whether predictions are made.
             step: the item.
         """
-        found = EvaluatedStep(MetricSums(), [], [])
-        step = step.to(self.args.device)
-        for batch, places in zip(step.micro_batches, step.places, strict=True):
+        found, step = EvaluatedStep(MetricSums(), [], [], []), step.to(self.args.device)
+        for batch, places, rows in zip(step.micro_batches, step.places, step.sources, strict=True):
             with torch.no_grad(), self.compute_loss_context_manager():
                 result = preference_step(model, self.reference, batch, self.preference, aux_weight=self.aux_weight)
             found.sums.merge(evaluation_sums(result, batch, self.preference.sorted_losses))
+            found.pairs.append(ScoredPairs.of(result, batch, rows))
             if self.preference.sorted_losses:
                 found.tables.append(pair_table(result, batch)[batch.pair_weights > 0].cpu())
             if wants_pairs:

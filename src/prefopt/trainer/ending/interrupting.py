@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -57,6 +57,9 @@ class InterruptibleTrainer(GuardedTrainer):
     """Looks for requests at step boundaries and evaluation batches; saves, stops, and takes up what was left."""
 
     signals: Signals
+    pauses: Callable[[int], bool] | None = None
+    """Asked after each step that is done, with its number: whether ``train()`` is to save and end there, with
+    `PausedRun`. Of a run of one process. The evaluation and the checkpoint that are due at that step are made first."""
 
     def start_window(self) -> None:
         super().start_window()
@@ -76,6 +79,7 @@ class InterruptibleTrainer(GuardedTrainer):
         self.resumed_state: Unfinished | None = None
         self.rng_after_resume: Any = None
         self.stopped_at_resume = False
+        self.paused, self.saved_to_pause = False, False
 
     # -- what is asked -------------------------------------------------------------------------------------------
 
@@ -149,6 +153,21 @@ class InterruptibleTrainer(GuardedTrainer):
             self.signals.wants_checkpoint, self.agreed_request = False, int(Request.NOTHING)
             self.save_once(model, trial)
         if request is Request.STOP:
+            raise LeftEarly
+        self.pause_if_due(model, trial)
+
+    def pause_if_due(self, model: Any, trial: Any) -> None:
+        """Leave where ``pauses`` says so. At the last step of an epoch that is when the epoch has ended, too, with the
+        evaluation that belongs to it; at the last step of all the run ends instead.
+
+        Raises:
+            LeftEarly: it does, and there is a checkpoint of this step.
+        """
+        step, epoch = self.state.global_step, float(self.state.epoch or 0)
+        within = not (epoch.is_integer() and not self.step_state.epoch_ended)
+        if self.pauses is not None and within and step < self.state.max_steps and self.pauses(step):
+            self.paused, self.saved_to_pause = True, self.saved_step != step
+            self.save_once(model, trial)
             raise LeftEarly
 
     def save_once(self, model: Any, trial: Any) -> None:

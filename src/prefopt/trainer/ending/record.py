@@ -5,7 +5,9 @@ file                what is in it
 =================== ==================================================================================
 ``metrics.jsonl``   a line for each logged row, on the disk before any callback sees it
 ``run.json``        how the run stands or ended, why, and how to go on
+``pairs.jsonl``     the pairs that the model tells apart worst and best (`prefopt.trainer.ending.pairs`)
 ``curves.png``      drawn from the rows when the run ends (`prefopt.report.curves`)
+``report.html``     of all these files, when the run ends (`prefopt.report.run`)
 =================== ==================================================================================
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.files import append_line, rename, replace_file
+from prefopt.report.folder import read_mapping, read_rows
 from prefopt.trainer.saving.masking import without_known_secrets, without_secrets
 
 __all__ = [
@@ -30,8 +33,8 @@ __all__ = [
     "append_row",
     "keep_rows",
     "now",
+    "read_mapping",
     "read_rows",
-    "read_run",
     "reason",
     "rows_until",
     "set_aside",
@@ -46,6 +49,7 @@ LONGEST = 4000
 
 
 def now() -> str:
+    """The time in UTC, as files have it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -88,17 +92,6 @@ def as_json(value: Any, name: str, odd: dict[str, str]) -> Any:
     return str(value)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that was not written to its end is none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave only rows that ``keep`` is true of; the file is the old one or the new one at any moment."""
     if path.is_file():
@@ -134,15 +127,6 @@ def write_run(path: Path, values: Mapping[str, Any]) -> None:
     """Write how a run stands, without secrets."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(without_secrets(dict(values)), indent=1))
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """How the last run in a folder stands; empty where none has left word."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def reason(error: BaseException) -> dict[str, Any]:

@@ -5,41 +5,40 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from prefopt.checkpoints.folder import FolderInUseError
-from prefopt.files import replace_file
-from prefopt.report.curves import draw, png
+from prefopt.trainer.ending.describing import Clock, described, peak_memory
 from prefopt.trainer.ending.interrupting import LeftEarly
+from prefopt.trainer.ending.pairs import PAIRS, Extremes, ScoredPairs, described_pairs, write_pairs
 from prefopt.trainer.ending.record import (
-    CURVES,
     METRICS,
     RUN,
     append_row,
     keep_rows,
     now,
+    read_mapping,
     read_rows,
-    read_run,
     reason,
     rows_until,
     set_aside,
     write_run,
 )
-from prefopt.trainer.ending.signals import TO_GO_ON, Request, interruption
+from prefopt.trainer.ending.reporting import is_off, report, spared
+from prefopt.trainer.ending.signals import TO_GO_ON, PausedRun, Request, interruption
 from prefopt.trainer.installed import versions
 from prefopt.trainer.search import SearchingTrainer
+from prefopt.trainer.trackers import close_failed
 
 __all__ = ["Record", "RecordingTrainer"]
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "PREFOPT_CURVES"
-"""``off``: no ``curves.png`` is drawn."""
 
 
 @contextmanager
@@ -61,6 +60,8 @@ class Record:
 
     def __init__(self, folder: Path, method: str) -> None:
         self.folder, self.has_begun, self.has_rows = folder, False, False
+        self.pairs: dict[str, list[dict[str, Any]]] = {}
+        """Set -> the worst and best pairs of its last evaluation."""
         self.values: dict[str, Any] = {
             "method": method,
             "status": "running",
@@ -76,15 +77,19 @@ class Record:
             "versions": versions(),
         }
 
-    def begin(self) -> None:
-        """Say that the run is running; and of one before it that it did not end, where that is so."""
-        before = read_run(self.folder / RUN)
+    def begin(self, description: Mapping[str, Any]) -> None:
+        """Say that the run is running; and of one before it that it did not end, where that is so.
+
+        Args:
+            description: what is known of the run before its first row.
+        """
+        before = read_mapping(self.folder / RUN)
         if before.get("status") == "running" and not self.has_begun:
             steps = [row["step"] for row in read_rows(self.folder / METRICS)]
             last = f"last logged step {max(steps)}" if steps else "nothing was logged"
             logger.warning("%s: the run before this one did not end (it was killed): %s.", self.folder, last)
         self.has_begun = True
-        self.note()
+        self.note(**description)
 
     def note(self, **values: Any) -> None:
         """Write ``values`` into ``run.json``."""
@@ -102,6 +107,7 @@ class Record:
             before: rows that were logged before a new run.
         """
         path = self.folder / METRICS
+        keep_rows(self.folder / PAIRS, lambda pair: 0 < step >= pair["step"])
         if step:
             keep_rows(path, rows_until(step, num_at_step))
         elif self.has_rows:
@@ -125,18 +131,14 @@ class Record:
         why = None if error is None else {**reason(error), "step": steps}
         self.note(status=status, reason=why, ended=now(), steps=steps, checkpoint=checkpoint)
         if self.has_rows:
-            self.draw_curves()
+            report(self.folder, f"{self.values['method'].upper()}, {status}")
 
-    def draw_curves(self) -> None:
-        """Draw ``curves.png``; what goes wrong there is no failure of the run."""
-        if os.environ.get(VARIABLE) == "off":
-            return
-        try:
-            if rows := read_rows(self.folder / METRICS):
-                title = f"{self.values['method'].upper()}, {self.values['status']}"
-                replace_file(self.folder / CURVES, png(draw(rows, title)))
-        except Exception as error:
-            logger.warning("%s was not drawn: %r", self.folder / CURVES, error)
+    def add_pairs(self, step: int, name: str, pairs: list[dict[str, Any]]) -> None:
+        """Write the worst and best pairs of an evaluation set, or of the last step, into ``pairs.jsonl``."""
+        self.pairs[name] = pairs
+        if not is_off():
+            with warned(self.folder / PAIRS):
+                write_pairs(self.folder, step, self.pairs)
 
 
 class RecordingTrainer(SearchingTrainer):
@@ -147,6 +149,7 @@ class RecordingTrainer(SearchingTrainer):
     def start_window(self) -> None:
         super().start_window()
         self.record: Record | None = None
+        self.start_clock()
         self.callback_handler.callbacks.insert(0, RecordRows(self))
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +158,7 @@ class RecordingTrainer(SearchingTrainer):
         Raises:
             InterruptedRun: SIGINT was received; there is a checkpoint of the last step.
             TerminatedRun: the same for SIGTERM.
+            PausedRun: ``pauses`` said so.
         """
         with self.signals.handled(), self.recorded(trial):
             output = None
@@ -163,6 +167,8 @@ class RecordingTrainer(SearchingTrainer):
                 left = self.agreed() is Request.STOP
             except LeftEarly:
                 left = True
+            if left and self.paused and self.signals.stop is None:
+                raise PausedRun(self.steps_done, str(self.last_checkpoint), self.saved_to_pause)
             if left:  # raised here, where the loop is gone, and with it the workers of its loaders
                 detail = "" if output is None else "All steps were done."
                 stopped = interruption(self.signals.stop, self.steps_done, self.last_checkpoint, detail)
@@ -178,13 +184,30 @@ class RecordingTrainer(SearchingTrainer):
             yield
             return
         self.record = record = Record(Path(self._get_output_dir(trial)), self.method)
+        self.start_clock()
         try:
             yield
+        except PausedRun as pause:  # the next part of the run says the last word
+            record.note(status="paused", steps=pause.step, checkpoint=pause.checkpoint)
+            raise
         except BaseException as error:
             status = "failed" if isinstance(error, Exception) else "interrupted"
-            record.end(status, self.steps_done, self.last_checkpoint, error)
+            self.end_record(record, status, error)
             raise
-        record.end("finished", self.steps_done, self.last_checkpoint, None)
+        self.end_record(record, "finished", None)
+
+    def end_record(self, record: Record, status: str, error: BaseException | None) -> None:
+        """The last word of the run, with what is known at its end alone."""
+        if self.begun:
+            record.values["timing"] = self.timing()
+        if not record.pairs and self.steps_done > self.first_step:
+            with spared(record.folder / PAIRS):  # the device may be what failed
+                last = Extremes()
+                last.add(ScoredPairs.of_step(self.last_step, self.last_values))
+                record.add_pairs(self.steps_done, "train", described_pairs(last, self.decoded))
+        record.end(status, self.steps_done, self.last_checkpoint, error)
+        if status == "failed":
+            close_failed(self.callback_handler.callbacks)
 
     @property
     def steps_done(self) -> int:
@@ -193,13 +216,59 @@ class RecordingTrainer(SearchingTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.record is not None:
-            self.record.begin()
-        return super()._inner_training_loop(*args, **kwargs)
+            self.record.begin(described(self))
+        with self.clock.part("training"):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with self.clock.part("saving"):
+            super()._save_checkpoint(model, trial)
         if self.record is not None:
-            self.record.note(steps=self.steps_done, checkpoint=self.last_checkpoint)
+            self.record.note(steps=self.steps_done, checkpoint=self.last_checkpoint, timing=self.timing())
+
+    # -- pairs -------------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """See `EvaluatingTrainer.evaluation_loop`; the record keeps the worst and best pairs."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        own = described_pairs(self.extremes, self.decoded)
+        pairs = gather_object(own) if self.args.world_size > 1 else own
+        if self.record is not None:
+            self.record.add_pairs(self.state.global_step, metric_key_prefix, pairs)
+        return output
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        processing_class: Any = self.processing_class
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def start_clock(self) -> None:
+        self.clock, self.first_step = Clock(), 0
+        self.first_tokens: float | None = None
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds by part, and what was done in them: of this call of ``train()``, not of the run that it went on."""
+        steps = self.steps_done - self.first_step
+        tokens = None if self.first_tokens is None else self.window.num_tokens - self.first_tokens
+        done = {"steps": steps, "pairs": steps * self.get_total_train_batch_size(self.args), "tokens": tokens}
+        return {"seconds": dict(self.clock.seconds), **done, "peak_memory": peak_memory(self.args.device)}
+
+    def precomputed(self, rows: Any) -> Any:
+        with self.clock.part("reference"):
+            return super().precomputed(rows)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.part("evaluation"):
+            return super()._evaluate(*args, **kwargs)
 
 
 class RecordRows(TrainerCallback):
@@ -211,11 +280,16 @@ class RecordRows(TrainerCallback):
         """Rows that were logged before the first run."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
+        self.trainer.first_step = step = state.global_step
         if self.trainer.record is not None:
             num_at_step = sum(row["step"] == step for row in state.log_history)
             self.trainer.record.begin_rows(step, num_at_step, self.before)
         self.before.clear()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """By now what a checkpoint kept of the log is there."""
+        if self.trainer.first_tokens is None:
+            self.trainer.first_tokens = self.trainer.window.num_tokens
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         row = state.log_history[-1]

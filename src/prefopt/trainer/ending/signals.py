@@ -24,7 +24,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any, ClassVar
 
-__all__ = ["InterruptedRun", "Request", "Signals", "TerminatedRun", "heed_only_the_run", "interruption"]
+__all__ = ["InterruptedRun", "PausedRun", "Request", "Signals", "TerminatedRun", "heed_only_the_run", "interruption"]
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
@@ -136,6 +136,21 @@ class TerminatedRun(Interruption, SystemExit):
     def __init__(self, step: int, checkpoint: str | None, detail: str = "") -> None:
         super().__init__(step, checkpoint, detail)
         self.code = 128 + self.signal
+
+
+class PausedRun(BaseException):
+    """A run was told by ``trainer.pauses`` to save and end; with ``resume_from_checkpoint`` it goes on as if it had
+    not. No ``except Exception`` of anyone's may hold it.
+
+    Args:
+        step: optimizer steps that were done.
+        checkpoint: the folder to go on from.
+        is_extra: whether the checkpoint is there for the pause alone, and would not have been saved without it.
+    """
+
+    def __init__(self, step: int, checkpoint: str, is_extra: bool) -> None:
+        self.step, self.checkpoint, self.is_extra = step, checkpoint, is_extra
+        super().__init__(f"paused after step {step}; the checkpoint is {checkpoint}")
 
 
 def heed_only_the_run(worker: int) -> None:

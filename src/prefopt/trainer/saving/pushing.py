@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from prefopt import files
 
-__all__ = ["push_checkpoint"]
+__all__ = ["push_checkpoint", "push_run", "withheld"]
 
 MODEL_FILES = ("*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME)
+TEXT_OF_DATA = ("*.html", "pairs*.jsonl", "samples*.jsonl", "run.json")
+"""Reports, pairs and samples; in ``run.json`` it may be in the message of an error, beside paths of this machine."""
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 
 
@@ -44,7 +46,7 @@ def push_checkpoint(trainer: Any, folder: str | Path) -> None:
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(args.output_dir)
     message = f"Step {trainer.state.global_step}"
-    own = {"folder_path": args.output_dir, "ignore_patterns": ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*"]}
+    own = {"folder_path": args.output_dir, "ignore_patterns": withheld(args)}
     jobs: Any = [upload(trainer, commit_message=message, **own)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(folder).name
@@ -55,6 +57,46 @@ def push_checkpoint(trainer: Any, folder: str | Path) -> None:
         trainer.push_in_progress = PushInProgress(jobs)
     else:
         running.jobs.extend(jobs)
+
+
+def push_run(
+    trainer: Any,
+    commit_message: str,
+    blocking: bool,
+    token: str | None,
+    revision: str | None,
+    private: bool | None,
+    card: Mapping[str, Any],
+) -> Any:
+    """Upload model, tokenizer and card of a run that has ended, and what its folder has beside `withheld`.
+
+    Args:
+        trainer: whose model it is.
+        commit_message, blocking, token, revision, private: as in ``transformers.Trainer.push_to_hub``.
+        card: keyword arguments of ``create_model_card``.
+    """
+    args = trainer.args
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    token = token or args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    trainer.create_model_card(**card)
+    trainer._finish_current_push()
+    where: Any = {"repo_id": trainer.hub_model_id, "token": token, "revision": revision or args.hub_revision}
+    what: Any = {"folder_path": args.output_dir, "ignore_patterns": withheld(args)}
+    return HfApi().upload_folder(commit_message=commit_message, run_as_future=not blocking, **where, **what)
+
+
+def withheld(args: Any) -> list[str]:
+    """Patterns of the files of an output folder that stay on this machine: checkpoints, and what shows text of data.
+
+    Trackers write samples into their files where samples are taken.
+    """
+    samples = ["*tfevents*"] if args.generate_during_eval else []
+    return ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", *TEXT_OF_DATA, *samples]
 
 
 def model_files(folder: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ from prefopt.reference.adapters import is_peft
 from prefopt.trainer.saving.adapter_files import load_adapter_weights, save_ranks
 from prefopt.trainer.saving.continuation import write_arguments
 from prefopt.trainer.saving.new_settings import begin_schedule, has_new_schedule
-from prefopt.trainer.saving.pushing import push_checkpoint
+from prefopt.trainer.saving.pushing import push_checkpoint, push_run
 from prefopt.trainer.saving.sharded_states import (
     OPTIMIZER,
     load_sharded,
@@ -186,6 +186,18 @@ class StatesTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         push_checkpoint(self, checkpoint_folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See ``transformers.Trainer.push_to_hub``; what shows text of the data is not sent."""
+        return push_run(self, commit_message or "End of training", blocking, token, revision, private, kwargs)
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
         """A trial's checkpoint for Ray."""
