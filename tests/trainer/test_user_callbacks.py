@@ -17,6 +17,8 @@ from transformers import (
     TrainerCallback,
 )
 
+from prefopt.trainer.progress.showing import ProgressDisplay
+
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
@@ -108,17 +110,18 @@ def test_early_stopping_watches_any_metric(method: str, tmp_path: Path) -> None:
     assert run.state.best_global_step == 1
 
 
-@pytest.mark.parametrize("shown", [ProgressCallback, PrinterCallback])
+@pytest.mark.parametrize("shown", [ProgressDisplay, PrinterCallback])
 def test_progress_is_shown(shown: type, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With a bar of optimizer steps, or with lines."""
+    """By the display of the run in lines of its own, or as transformers prints rows where bars are switched off."""
     options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     run = trainer(tmp_path, eval_dataset=dataset(5), max_steps=2, disable_tqdm=shown is PrinterCallback, **options)
     kinds = {type(callback) for callback in run.callback_handler.callbacks}
     assert {shown, DefaultFlowCallback} <= kinds
+    assert ProgressCallback not in kinds
     run.train()
     printed = capsys.readouterr()
-    assert "rewards/margins" in printed.out
-    assert ("2/2" in printed.err) == (shown is ProgressCallback)
+    assert ("rewards/margins" in printed.out) == (shown is PrinterCallback)
+    assert ("step 2/2" in printed.out) == (shown is ProgressDisplay)
 
 
 def test_callbacks_are_added_and_removed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class                                  subject
 `LoadingTrainer`, `PreparingTrainer`   rows to batches; the model before the first step
 `SearchingTrainer`                     hyperparameter search
 `RecordingTrainer`                     ``train()`` as users call it: under signals, and with a record
+`ShowingTrainer`                       what it does on the terminal, and what its numbers say in the log
 ====================================== ==========================================================================
 
 The hooks that they override:
@@ -71,13 +72,13 @@ from prefopt.trainer.adapters import (
 )
 from prefopt.trainer.callbacks import updates_reference
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.ending.recording import RecordingTrainer
 from prefopt.trainer.evaluation import check_best_metric
 from prefopt.trainer.kernels import apply_layer_kernels, check_kernels, settle_layer_kernels
 from prefopt.trainer.loading import EvalSets
 from prefopt.trainer.model_card import write_model_card
 from prefopt.trainer.moving import has_reference_logps
 from prefopt.trainer.offloading import offloaded, stream_copies
+from prefopt.trainer.progress.showing import ShowingTrainer
 from prefopt.trainer.remembering import KeepReference
 from prefopt.trainer.rows import custom_collator, prepare_options
 from prefopt.trainer.sampling import add_sampling
@@ -91,6 +92,7 @@ from prefopt.trainer.setup import (
     load_processing_class,
     model_name,
 )
+from prefopt.trainer.trackers import without_telemetry
 from prefopt.trainer.unsloth import tags_of, unsloth_run
 
 __all__ = ["PreferenceTrainer"]
@@ -98,7 +100,7 @@ __all__ = ["PreferenceTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(RecordingTrainer):
+class PreferenceTrainer(ShowingTrainer):
     """Trains a model on preference data; a subclass names its method and config, and may order the arguments.
 
     Args:
@@ -145,6 +147,7 @@ class PreferenceTrainer(RecordingTrainer):
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
         check_output_dir(str(args.output_dir))
+        without_telemetry(args.report_to)
         check_kernels(model, args)
         settle_layer_kernels(args)
         use_one_device(args)
@@ -280,10 +283,10 @@ class PreferenceTrainer(RecordingTrainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write ``README.md`` to the run's folder: method, data, versions, options and metrics."""
+    def create_model_card(self, model_name: str | None = None, **given: Any) -> None:
+        """Write ``README.md`` to the run's folder; the arguments are those of `write_model_card`."""
         if self.is_world_process_zero():
-            write_model_card(self, str(self.args.output_dir))
+            write_model_card(self, str(self.args.output_dir), model_name=model_name, **given)
 
 
 def check_given(model: Any, model_init: Any, train_dataset: Any, processing_class: Any) -> None:

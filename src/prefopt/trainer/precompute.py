@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def with_precomputed_logps(
     options: dict[str, Any],
     stopping: Callable[[], bool],
     in_fitting_batches: Callable[..., None],
+    part: Callable[..., AbstractContextManager[Any]],
 ) -> Any:
     """The prepared set with the columns ``ref_chosen_logps`` and ``ref_rejected_logps``.
 
@@ -48,6 +50,7 @@ def with_precomputed_logps(
         options: of the loader.
         stopping: whether the run is to stop, on all ranks; asked before each batch.
         in_fitting_batches: computes a step, in smaller micro-batches where memory runs out; of `RetryingTrainer`.
+        part: shows how far the pass is; of `ShowingTrainer`.
 
     Raises:
         ValueError: a log-prob is not finite; names the row.
@@ -69,10 +72,12 @@ def with_precomputed_logps(
     if todo:
         stopped, keyed = False, with_keys(collate, ld_alpha=ld_alpha)
         own = torch.Generator()  # or the run's random numbers would depend on whether there is something to score
-        for step in make_loader(dataset.select(todo), keyed, geometry, generator=own, **options):
-            if stopped := stopping():
-                break
-            in_fitting_batches(score, "the reference's pass over the data", step, lambda: keyed)
+        with part("reference log-probs", len(todo), "pairs") as shown:
+            for step in make_loader(dataset.select(todo), keyed, geometry, generator=own, **options):
+                if stopped := stopping():
+                    break
+                in_fitting_batches(score, "the reference's pass over the data", step, lambda: keyed)
+                shown.advance_by(step, accelerator.num_processes)
         if complaint := exchange(remembered, writes=accelerator.is_local_main_process):
             raise ValueError(complaint)
         if stopped:

@@ -133,10 +133,12 @@ class SampleCallback(TrainerCallback):
         world, rank = (1, 0) if divided else (args.world_size, args.process_index)
         limit = args.eval_sample_tokens or getattr(args, "max_completion_length", None) or NEW_TOKENS
         own, size, texts = examples[rank::world], args.eval_batch_size, []
-        for start in range(0, len(own), size):
-            with trainer.compute_loss_context_manager():
-                ids = generated(model, own[start : start + size], self.tokenizer, limit, trainer.vision)
-            texts += [self.decoded(completion) for completion in ids]
+        with trainer.part("samples", len(own), "prompts") as part:
+            for start in range(0, len(own), size):
+                with trainer.compute_loss_context_manager():
+                    ids = generated(model, own[start : start + size], self.tokenizer, limit, trainer.vision)
+                texts += [self.decoded(completion) for completion in ids]
+                part.advance(len(ids))
         shares = [texts] if world == 1 else gather_object([texts])
         return [shares[place % world][place // world] for place in range(len(examples))]
 
