@@ -12,7 +12,7 @@ from tiny_models import word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("steps", "memory", "head", "attention", "prepare", "startup", "gpu")
+SCRIPTS = ("steps", "memory", "head", "attention", "prepare", "startup", "sweep", "gpu")
 sys.path.insert(0, str(BENCHMARKS))
 
 

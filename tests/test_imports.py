@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "inspection": {
         "files",
         "terminal",
+        "checkpoints",
         "types",
         "objective",
         "batching",
@@ -57,7 +58,7 @@ MAY_IMPORT = {
         "trainer",
     },
     "recipes": {"files"},
-    "sweep": {"files", "terminal", "types", "reference", "data", "report", "trainer"},
+    "sweep": {"files", "terminal", "checkpoints", "types", "reference", "data", "report", "trainer"},
     "cli": {
         "files",
         "terminal",
