@@ -97,7 +97,7 @@ def rows(options: argparse.Namespace) -> Any:
     from prefopt.data import load_source
 
     name, config, split = options.dataset_name, options.dataset_config, options.dataset_test_split
-    loaded = load_source(name, config, split)
+    loaded: Any = load_source(name, config, split)
     if split is None:
         loaded = loaded["test" if "test" in loaded else "train" if "train" in loaded else next(iter(loaded))]
     return loaded.select(range(min(len(loaded), options.max_rows)))

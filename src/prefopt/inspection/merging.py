@@ -113,7 +113,7 @@ def refuse_virtual_tokens(adapter: Path) -> None:
     """Raises: ValueError for adapters that are no change of weights."""
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(str(adapter))
+    config: Any = PeftConfig.from_pretrained(str(adapter))
     if config.is_prompt_learning:
         raise ValueError(
             f"{adapter}: an adapter of type {config.peft_type.value} is no change of the base's weights and cannot be "

@@ -157,7 +157,7 @@ def made_trainer(run: Run, shared: Shared) -> Any:
 
 
 def tokens_key(run: Run) -> str:
-    args = run.args
+    args: Any = run.args
     return repr((run.model, args.model_init_kwargs, args.pad_token, args.trust_remote_code))
 
 

@@ -147,7 +147,7 @@ class PreferenceTrainer(ShowingTrainer):
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
         check_output_dir(str(args.output_dir))
-        without_telemetry(args.report_to)
+        without_telemetry(args.report_to or ())
         check_kernels(model, args)
         settle_layer_kernels(args)
         use_one_device(args)

@@ -104,7 +104,7 @@ def compared(
         rows = trainer.eval_dataset
         report = prepare_report(rows)
         scores = pair_scores(trainer, rows)
-        examples = [tokenized_example(row, PAIR) for row in rows.select(range(min(settings.num_samples, len(rows))))]
+        examples = [tokenized_example(row, PAIR) for row in first(rows, settings.num_samples)]
         completions = both_completions(trainer, examples, settings) if examples else []
         return Comparison(
             base=base,
@@ -211,8 +211,8 @@ def divergences(
     settings: Settings,
 ) -> list[TokenKL]:
     """KL on the completions of the data, and on what the tuned model says itself."""
-    data = [kl_of_row(trainer, row) for row in rows.select(range(min(settings.num_kl_rows, len(rows))))]
-    said = zip(rows.select(range(len(examples))), completions, strict=True)
+    data = [kl_of_row(trainer, row) for row in first(rows, settings.num_kl_rows)]
+    said = zip(first(rows, len(examples)), completions, strict=True)
     own = [kl_of_row(trainer, with_completion(row, tuned)) for row, (_, tuned) in said if tuned]
     found = []
     for texts, values in (
@@ -224,6 +224,11 @@ def divergences(
             figure = Figure.mean(np.array([each.mean() for each in values]))
             found.append(TokenKL(texts, figure, len(values), sum(map(len, values))))
     return found
+
+
+def first(rows: Dataset, number: int) -> list[Any]:
+    """At most that many rows."""
+    return rows.select(range(min(number, len(rows)))).to_list()
 
 
 def with_completion(row: dict[str, Any], ids: list[int]) -> dict[str, Any]:
