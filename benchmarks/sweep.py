@@ -97,7 +97,7 @@ def measure(way: str, folder: Path, file: Path, names: list[str]) -> dict[str, A
     """Seconds of one way, and until the first evaluation of each trial."""
     before, start, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), time.time()
     for command in commands(way, folder, file, names):
-        drawn = {"PREFOPT_CURVES": "off"}  # reports cost the same in each way
+        drawn = {"PREFOPT_REPORT": "off"}  # reports cost the same in each way
         threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         caches = {name: str(folder / f"cache {way}") for name in ("PREFOPT_CACHE", "HF_DATASETS_CACHE")}
         subprocess.run(command, check=True, env={**os.environ, **threads, **caches, **drawn}, capture_output=True)

@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "sweep",
         "quickstart",
     },
-    "quickstart": {"terminal", "trainer"},
+    "quickstart": {"terminal", "report", "trainer"},
 }
 """Stage -> the stages it may know, beside itself."""
 ONLY_THE_TRAINER_KNOWS = {"accelerate"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ def standard_rows(count: int = 12, *, seed: int = 0, gold: bool = False) -> dict
         if gold or column != "reference":
             rows[column] = [f" {first} {text(rng, 1, 11)}" for _ in range(count)]
     return rows
+
+
+def save_rows(folder: Path) -> str:
+    """A new folder with a train and a test file of rows that have a gold completion."""
+    folder.mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        rows = standard_rows(8, seed=seed, gold=True)
+        lines = [json.dumps(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
 
 
 def conversational_rows(count: int = 12, *, seed: int = 0, gold: bool = False) -> dict[str, list[Any]]:

@@ -113,6 +113,11 @@ def test_yaml_values_get_the_options_type(run_file):
     assert (made.model_init_kwargs, made.disable_dropout, made.run_name) == ({"a": 1}, False, "2024")
 
 
+@pytest.mark.parametrize(("text", "expected"), [("true", "true"), ("no", "false"), ("'true'", "true"), ("a/b", "a/b")])
+def test_resuming_is_a_yes_or_a_folder(run_file, text, expected):
+    assert dpo(["--config", run_file(f"resume_from_checkpoint: {text}")]).resume_from_checkpoint == expected
+
+
 def test_a_single_value_for_a_list(run_file):
     assert dpo(["--config", run_file("loss_type: hinge")]).loss_type == ["hinge"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_tiny, standard_rows
+from tiny_models import save_rows, save_tiny
 
 from prefopt.cli.main import main
 from prefopt.cli.model_config import ModelConfig, ScriptArguments
@@ -33,13 +33,7 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture
 def data(tmp_path: Path) -> str:
     """A folder with a train and a test file."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split, seed in (("train", 0), ("test", 1)):
-        rows = standard_rows(8, seed=seed, gold=True)
-        lines = [json.dumps(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    return str(folder)
+    return save_rows(tmp_path / "data")
 
 
 @pytest.fixture
@@ -54,7 +48,7 @@ def options(model: str, data: str, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("method", ["dpo", "cpo", "tpo"])
 def test_the_command_trains_and_saves(method, options, tmp_path, capsys):
     assert main([method, *options, "--eval_strategy", "steps", "--eval_steps", "1"]) == 0
-    assert f"model saved in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 

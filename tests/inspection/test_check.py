@@ -29,18 +29,26 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_all_mistakes_in_options_come_at_once_each_with_its_line(capsys):
     write(rows_of(4))
-    path = run_file(beta=-1.0, lerning_rate=1e-6, max_length="long", loss_type="robust", label_smoothing=0.7)
+    path = run_file(beta=-1.0, max_length="long", loss_type="robust", label_smoothing=0.7)
     assert main(["check", path, "--num_train_epochs", "-3"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
     starts = [
         "run.yaml:9: beta=",
-        "run.yaml:10: unknown key",
-        "run.yaml:11: max_length",
-        "run.yaml:13: label_smoothing=",
+        "run.yaml:10: max_length",
+        "run.yaml:12: label_smoothing=",
     ]
     for start in [*starts, "--num_train_epochs: num_train_epochs=-3"]:
         assert len([line for line in lines if line.startswith(f"error: {start}")]) == 1, (start, lines)
-    assert len(lines) == 5
+    assert len(lines) == 4
+
+
+def test_names_that_are_none_come_before_everything_else_in_file_and_flags_alike(capsys):
+    assert main(["check", run_file(beta=-1.0, lerning_rate=1e-6), "--sed", "1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "prefopt: run.yaml:10: unknown key 'lerning_rate'; did you mean 'learning_rate'?",
+        "unknown option --sed; did you mean 'seed'?",
+    ]
 
 
 def test_an_option_without_effect_is_a_warning_with_its_line():
@@ -63,6 +71,66 @@ def test_a_wrong_command_line_is_status_2(arguments, capsys):
     except SystemExit as end:  # argparse's
         status = end.code
     assert status == 2
+
+
+@pytest.mark.parametrize("given", ["nowhere", "out/checkpoint-2"])
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_an_error(given):
+    write(rows_of())
+    checked, _ = check(resume_from_checkpoint=given)
+    (problem,) = problems(checked)
+    assert problem.place == "run.yaml:9"
+    assert f"{given} cannot be gone on from" in problem.what
+    assert checked.trial is not None, "the rest is looked at all the same"
+
+
+def test_a_run_that_goes_on_is_held_against_its_checkpoint(capsys):
+    write(rows_of())
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    assert main(["train", run_file(**options)]) == 0
+    saved = Path("out", "checkpoint-2")
+    assert saved.is_dir()
+    checked, _ = check(resume_from_checkpoint=str(saved), **{**options, "max_steps": 4})
+    assert problems(checked) == []
+    assert checked.trial is not None
+    checked, _ = check(resume_from_checkpoint=str(saved), beta=0.5, **options)
+    (problem,) = problems(checked)
+    assert problem.place == "run.yaml:9"
+    assert "beta" in problem.what
+    write(rows_of()[::-1])
+    checked, _ = check(resume_from_checkpoint=str(saved), **options)
+    (problem,) = problems(checked)
+    assert "data: rows" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [("tensorbord", "did you mean 'tensorboard'?"), ("neptune", "pip install neptune")],
+    ids=["no such", "not installed"],
+)
+def test_a_tracker_that_is_not_there_ends_run_and_check(tracker, message, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_neptune_available", lambda: False)
+    write(rows_of())
+    checked, _ = check(report_to=tracker)
+    (problem,) = problems(checked)
+    assert problem.place == "run.yaml:6"
+    assert message in f"{problem.what}; {problem.fix}"
+    assert main(["train", "run.yaml"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_metric_that_no_evaluation_gives_ends_run_and_check(capsys):
+    Path("data").mkdir()
+    for split in ("train", "test"):
+        write(rows_of(), f"data/{split}.jsonl")
+    options = {"dataset_name": "data", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    checked, _ = check(metric_for_best_model="rewards/acuracies", **options)
+    (problem,) = problems(checked)
+    assert problem.place == "run.yaml:9"
+    assert "did you mean 'eval_rewards/accuracies'?" in f"{problem.what}; {problem.fix}"
+    assert main(["train", "run.yaml"]) == 2
+    assert "Set one of those that there are: eval_" in capsys.readouterr().err
+    checked, _ = check(metric_for_best_model="rewards/accuracies", **options)
+    assert problems(checked) == []
 
 
 def test_ctrl_c_ends_it(monkeypatch):

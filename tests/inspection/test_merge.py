@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,10 @@ def test_a_merge_that_is_wrong_is_not_written(
 
     monkeypatch.setattr(merging, "merged_model", wrong)
     assert main(["merge", run, "--output_dir", str(tmp_path / "merged")]) == 1
-    assert "is not the same: logits differ by up to" in capsys.readouterr().out
-    assert not any((tmp_path / "merged").glob("*"))
+    printed, said = capsys.readouterr()
+    assert "is not the same: logits differ by up to" in printed
+    assert "Loading weights" not in said
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_model_that_reads_back_otherwise_is_not_put_in_place(run: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -109,7 +113,11 @@ def test_a_model_that_reads_back_otherwise_is_not_put_in_place(run: str, tmp_pat
     monkeypatch.setattr(merging, "load_model", damaged)
     with pytest.raises(NotTheSameError, match="Nothing was written"):
         merge(run, tmp_path / "merged")
-    assert not any((tmp_path / "merged").glob("*"))
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(NotTheSameError):
+        merge(run, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == [], "a folder that was there stays"
 
 
 def test_rounded_weights_are_decided_by_the_texts(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +135,16 @@ def test_rounded_weights_are_decided_by_the_texts(run: str, tmp_path: Path, monk
     assert merge(run, tmp_path / "accepted", dtype="bfloat16", accept_rounding=True).same_texts == 0
 
 
+def test_weights_that_overflow_are_refused_whatever_is_accepted(run: str, tmp_path: Path, capsys) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.lm_head.weight.data[5, 0] = 1e6  # float16 ends at 65,504
+    base.save_pretrained(tmp_path / "base")
+    options = ["--dtype", "float16", "--accept_rounding"]
+    assert main(["merge", run, "--output_dir", str(tmp_path / "merged"), *options]) == 1
+    assert "logits are not finite" in capsys.readouterr().out
+    assert not (tmp_path / "merged").exists()
+
+
 def test_virtual_tokens_cannot_be_merged(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -137,8 +155,10 @@ def test_virtual_tokens_cannot_be_merged(tmp_path: Path) -> None:
 def test_the_newest_checkpoint_of_a_run_is_taken(run: str, tmp_path: Path) -> None:
     other = tmp_path / "outer"
     other.mkdir()
-    Path(run).rename(other / "checkpoint-7")
-    assert merge(other, tmp_path / "merged").adapter == other / "checkpoint-7"
+    Path(run).rename(other / "checkpoint-17")
+    shutil.copytree(other / "checkpoint-17", other / "checkpoint-9")  # fewer steps, and copied last
+    os.utime(other / "checkpoint-17", (0, 0))
+    assert merge(other, tmp_path / "merged").adapter == other / "checkpoint-17"
 
 
 @pytest.mark.parametrize(
@@ -154,3 +174,10 @@ def test_folders_without_an_adapter_are_refused(run: str, given: str, message: s
 def test_nothing_is_written_over(run: str, tmp_path: Path, capsys) -> None:
     assert main(["merge", run, "--output_dir", str(tmp_path / "base")]) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
+
+
+def test_a_file_is_no_output_dir(run: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["merge", run, "--output_dir", str(tmp_path / "file")]) == 2
+    assert "is a file, not a folder; name another one" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

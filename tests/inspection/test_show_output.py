@@ -6,6 +6,8 @@ import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ def page_texts(page: str) -> list[str]:
     """Text of each part."""
     found = re.findall(r'<div class="text">(.*?)</div>', page, flags=re.DOTALL)
     return [html.unescape(re.sub(r"<[^>]+>", "", part)) for part in found]
+
+
+def test_no_color_keeps_the_marks_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    [preview] = shown([{"prompt": "Hm? ", "chosen": "A.", "rejected": "C."}])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[3" in printed(preview, capsys)
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = printed(preview, capsys)
+    assert not re.search(r"\x1b\[[\d;]*3\d", text), "no colour"
+    assert MARKS["trained"][0] in text
 
 
 def test_marks_stay_where_there_is_no_colour(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +178,8 @@ def test_a_row_that_would_end_the_run_gives_status_1(run_file: Path, capsys: pyt
         (["--bta", "1"], "unknown option --bta; did you mean 'beta'?"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere': no tokenizer or processor"),
         (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--html", "no/such/folder/show.html"], "--html no/such/folder/show.html: it cannot be written"),
+        (["--html", "no/such/folder/show.html"], "--html no/such/folder/show.html: there is no folder no/such/folder"),
+        (["--html", "."], "--html .: is a folder; name a file"),
     ],
 )
 def test_mistakes_are_one_message(
@@ -176,15 +189,28 @@ def test_mistakes_are_one_message(
     assert message in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_is_no_broken_row(run_file: Path) -> None:
+    """As `prefopt show RUN.yaml | head -1`; 1 would say that a row cannot be prepared."""
+    code = "import sys; from prefopt.cli.main import main; sys.exit(main(['show', 'run.yaml']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    messages = process.stderr.read().decode()
+    assert process.wait() == 128 + 13
+    assert "Broken" not in messages
+
+
 def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["show"])
     shown_alone = capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
         main(["show", "--help"])
     assert capsys.readouterr().out == shown_alone
     lines = shown_alone.splitlines()
     assert 5 < len(lines) <= 60
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_configured_context_limits_what_is_shown(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

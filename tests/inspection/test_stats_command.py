@@ -45,7 +45,8 @@ def stats(*arguments: str) -> int:
 
 def test_the_command_prints_what_is_in_the_data(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stats(str(data)) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "Generating" not in said, "a bar of datasets"
     assert re.search(r"^  rows +40$", printed, re.MULTILINE)
     assert "1 of 40 rows (2.5 %) is left out: chosen equal to rejected. (row 7)" in printed
     assert "(rows 3 = 9" in printed
@@ -174,3 +175,12 @@ def test_the_duplicates_of_sharegpt_are_found_by_number(shared: Path, tmp_path: 
     for one, other in pairs:
         assert raw[one] == raw[other]
     assert found["conversations"]["turns"] == {"1": 194, "2": 1, "3": 57, "4": 46, "5": 1, "7": 1}
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+def test_a_file_that_cannot_be_written_is_said_before_the_data_is_read(option: str, tmp_path: Path, capsys) -> None:
+    for path, why in ((tmp_path, "is a folder; name a file"), (tmp_path / "nowhere" / "x.html", "there is no folder")):
+        assert stats("nowhere.jsonl", option, path) == 2
+        printed = capsys.readouterr().err
+        assert f"{option} {path}: {why}" in printed
+        assert "nowhere.jsonl" not in printed

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefopt.cli.main import main
 from prefopt.cli.main import main as prefopt
 from prefopt.quickstart import ASSETS, preference_set
 from prefopt.quickstart import run as quickstart_run
@@ -38,7 +39,9 @@ def small(tmp_path_factory):
     """A run of 27 steps, which is too short to learn anything; and what it prints."""
     text = io.StringIO()
     folder = tmp_path_factory.mktemp("small") / "quickstart"
-    outcome = quickstart_run.run(1, folder, num_pairs=144, num_held_out=12, console=Console(file=text, width=120))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_REPORT", "on")
+        outcome = quickstart_run.run(1, folder, num_pairs=144, num_held_out=12, console=Console(file=text, width=120))
     return outcome, text.getvalue()
 
 
@@ -62,6 +65,8 @@ def test_run_prints_before_steps_after_and_what_failed(small):
     assert "It did not work" in text
     assert not outcome.has_risen
     assert str(outcome.output_dir / "report.md") in text
+    assert str(outcome.output_dir / "model" / "report.html") in text
+    assert (outcome.output_dir / "model" / "report.html").is_file()
 
 
 def test_saved_model_is_the_measured_one(small):
@@ -131,7 +136,7 @@ def test_exit_status_says_whether_both_shares_rose(before, after, has_risen, tmp
     outcome = outcome_with(before, after)
     monkeypatch.setattr(quickstart_run, "run", lambda seed, output_dir: outcome)
     assert outcome.has_risen == has_risen
-    assert quickstart_run.main(["--output_dir", str(tmp_path)]) == (0 if has_risen else 1)
+    assert main(["quickstart", "--output_dir", str(tmp_path)]) == (0 if has_risen else 1)
 
 
 def test_examples_are_the_first_wrong_of_each_family():
@@ -153,7 +158,7 @@ def test_report_has_the_figures_answers_curve_and_settings():
 
 def test_folder_that_cannot_be_made_is_a_message(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
-    assert quickstart_run.main(["--output_dir", str(tmp_path / "taken")]) == 2
+    assert main(["quickstart", "--output_dir", str(tmp_path / "taken")]) == 2
     assert "choose another folder" in capsys.readouterr().err
 
 

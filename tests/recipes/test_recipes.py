@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import save_tiny, standard_rows
+from tiny_models import save_rows, save_tiny
 
 from prefopt.cli.launch import CONFIGS, LAUNCHED, plan_launch
 from prefopt.cli.main import main
@@ -203,13 +203,7 @@ def test_no_option_is_unknown_or_without_effect(name: str, caplog: pytest.LogCap
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split, seed in (("train", 0), ("test", 1)):
-        rows = standard_rows(8, seed=seed, gold=True)
-        lines = [json.dumps(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    return str(folder)
+    return save_rows(tmp_path / "data")
 
 
 def overrides(model: str, data: str, folder: Path) -> list[str]:

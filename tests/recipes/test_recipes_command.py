@@ -78,7 +78,7 @@ def test_a_file_that_is_there_stays(capsys: pytest.CaptureFixture[str]) -> None:
         (["cp", "dpo", "no/such/dpo.yaml"], "there is no folder no/such"),
         (["cp"], "prefopt recipes cp --help"),
         (["lst"], "invalid choice: 'lst'"),
-        (["ls", "--all"], "unrecognized arguments: --all"),
+        (["ls", "--all"], "unknown option --all"),
     ],
 )
 def test_mistakes_are_one_message(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ from prefopt.objective import ObjectiveOptions
 from prefopt.objective.core import inputs_of
 from prefopt.objective.inputs import mean_log_prob_margin
 from prefopt.objective.tables import LOSSES
+from prefopt.report import diagnosis
 from prefopt.report.diagnosis import diagnose
-from prefopt.report.findings import MEANS
+from prefopt.report.findings import MEANS, Run
+from prefopt.report.learning_findings import learning_findings
 from prefopt.report.series import MIN_ROWS, Series, series
 
 LENGTH = 60
@@ -355,3 +357,51 @@ def test_a_series_knows_its_beginning_and_its_end() -> None:
     assert found.tail.error == pytest.approx(math.sqrt(82.5 / 9) / math.sqrt(10))
     assert found.rise.value == 32.5
     assert not Series((), ()).head.differs(1.0)
+
+
+# -- evaluations that broke --------------------------------------------------------------------------------------------
+
+
+def broken(written: bool) -> list[dict[str, Any]]:
+    """Evaluations whose every metric is NaN: as the log of a run has them, or as its file does."""
+    found = []
+    for row in evaluations([0.6, 0.7, 0.8]):
+        odd = [name for name in row if name.startswith(("eval_loss", "eval_rewards", "eval_logps"))]
+        values = {**row, **dict.fromkeys(odd, None if written else math.nan)}
+        found.append({**values, "not_finite": dict.fromkeys(odd, "nan")} if written else values)
+    return found
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["log", "file"])
+def test_an_evaluation_without_numbers_is_the_finding(written: bool) -> None:
+    found = diagnose(rows() + broken(written), {"method": "dpo"})
+    assert [(finding.name, finding.step) for finding in found] == [("not finite", 200)]
+    assert "eval_loss is nan" in found[0].text
+
+
+def test_a_margin_without_a_number_beside_an_accuracy() -> None:
+    """An accuracy counts pairs whose margin is above 0, and NaN is not."""
+    of_set = [{**row, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": math.nan} for row in evaluations([0.6])]
+    assert [finding.name for finding in diagnose(rows() + of_set, {"method": "dpo"})] == ["not finite"]
+
+
+def test_a_metric_of_the_users_may_be_nan() -> None:
+    of_set = [{**row, "eval_spearman": math.nan} for row in evaluations([0.6, 0.7, 0.8])]
+    assert [finding.name for finding in diagnose(rows() + of_set, {"method": "dpo"})] == ["preferences learned"]
+
+
+def test_sets_without_numbers_are_no_sets() -> None:
+    run = Run(rows() + broken(True), {"method": "dpo"})
+    assert run.evaluation_sets == []
+    assert {finding.level for finding in learning_findings(run)} <= {"good"}
+
+
+def test_a_rule_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(run: Any) -> list[Any]:
+        raise IndexError("no such row")
+
+    monkeypatch.setattr(diagnosis, "learning_findings", fails)
+    facts = {"method": "dpo", "data": {"train": {"rows": 10, "truncated": 9}}}
+    found = diagnose(rows(), facts)
+    assert [finding.name for finding in found] == ["truncation", "diagnosis failed"]
+    assert "IndexError('no such row')" in found[1].text

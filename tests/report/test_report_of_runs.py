@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,14 @@ def test_extremes_are_those_of_all_whatever_the_batches(monkeypatch: pytest.Monk
     assert [scored.row["row"] for scored in extremes.settle()] == order[:NUM_KEPT] + order[-NUM_KEPT:]
 
 
+def test_images_are_not_held_until_the_numbers_are_there() -> None:
+    row = {"row": 3, "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [4], "images": [object()], "prompt": "text"}
+    of_pair = {branch: torch.zeros(1) for branch in ("chosen", "rejected")}
+    batch: Any = SimpleNamespace(num_model_tokens=4)
+    held = ScoredPairs.made(of_pair, of_pair, batch, [row]).rows
+    assert held == [{"row": 3, "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [4]}]
+
+
 @pytest.mark.parametrize(("num", "worst", "best"), [(1, 1, 0), (4, 2, 2), (7, 4, 3), (30, 5, 5)])
 def test_no_pair_is_at_both_ends(tmp_path: Path, num: int, worst: int, best: int) -> None:
     write_pairs(tmp_path, 3, {"eval": [{"row": row, "margin": float(-row)} for row in range(num)]})
@@ -263,6 +272,10 @@ def test_no_text_of_the_data_is_pushed(tmp_path: Path, reported: None, when: str
     words = dataset(6, seed=3)["chosen"]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "events.out.tfevents.1").write_text(words[0])  # as TensorBoard's callback writes samples
+    for trial in ("run-0", "trials/run-1"):  # of a search
+        for name in (PAIRS, "samples.jsonl", "run.json", REPORT, "_nonfinite-step-2/rows.json", "checkpoint-5/rows"):
+            (tmp_path / trial / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / trial / name).write_text(words[0])
     run.hub_model_id, run.push_in_progress = "someone/model", None
     run.push_to_hub() if when == "at the end" else run._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
     assert sent[0]["folder_path"] == str(tmp_path)

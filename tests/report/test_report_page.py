@@ -13,7 +13,7 @@ from written_runs import HOSTILE, pair, rows, run, sample, write
 from prefopt.cli.main import main
 from prefopt.report.comparison import MOST_RUNS, compared_page, metric_table, option_table
 from prefopt.report.curves import MOST_POINTS, PANELS, draw, evaluations, thinned
-from prefopt.report.folder import RunFolder, read_folder
+from prefopt.report.folder import RunFolder, read_folder, read_rows
 from prefopt.report.run import LARGEST, fitting, run_page, write_report
 from prefopt.report.summary import (
     MOST_ROWS,
@@ -52,6 +52,12 @@ SECONDS_OF_A_PAGE = 20
 )
 def test_how_a_run_ended(values: dict, level: str, sentence: str) -> None:
     assert verdict(RunFolder("x", run(**values))) == (level, sentence)
+
+
+def test_a_run_that_went_on_names_the_steps_that_its_time_is_of() -> None:
+    timing = {**run()["timing"], "steps": 4}
+    _, sentence = verdict(RunFolder("x", run(timing=timing)))
+    assert sentence == "DPO finished after 20 optimizer steps, the last 4 of them in 1 min 40 s."
 
 
 def test_a_run_that_was_killed_left_no_last_word() -> None:
@@ -217,6 +223,43 @@ def test_runs_of_one_name_are_told_apart() -> None:
     assert "2 same" in page
 
 
+# -- files that are damaged --------------------------------------------------------------------------------------------
+
+
+ODD = [None, 7, "text", [1, "a", None], {"a": None}, {"a": {"b": [None]}}]
+"""Of other kinds than a run writes."""
+
+
+@pytest.mark.parametrize("place", ["all", "entries", "entries of these"])
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_a_strange_record_makes_a_page(tmp_path: Path, place: str, odd: object) -> None:
+    """Each value of ``run.json``, at every depth, replaced by something else."""
+
+    def replaced(value: object, depth: int) -> object:
+        within = depth and isinstance(value, dict)
+        return {key: replaced(item, depth - 1) for key, item in value.items()} if within else odd
+
+    depth = ["all", "entries", "entries of these"].index(place) + 1
+    record = {**run(), **{key: replaced(value, depth - 1) for key, value in run().items()}}
+    page = run_page(read_folder(write(tmp_path / "mine", record, rows())))
+    assert "Options" in page
+    assert "<svg" in page
+    compared_page([read_folder(tmp_path / "mine")] * 2)
+
+
+def test_a_step_that_is_no_number_is_no_row(tmp_path: Path) -> None:
+    write(tmp_path / "mine", run(), [*rows(6), {"step": math.nan, "loss": 0.5}, {"step": math.inf, "loss": 0.5}])
+    assert [row["step"] for row in read_folder(tmp_path / "mine").rows] == [1, 2, 3, 4, 5, 5, 6]
+    assert "<svg" in run_page(read_folder(tmp_path / "mine"))
+
+
+def test_a_line_that_ends_within_a_letter_is_none(tmp_path: Path) -> None:
+    whole, torn = (json.dumps({"step": step, "policy": "\u00fc\u00e4"}, ensure_ascii=False) for step in (1, 2))
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(f"{whole}\n{torn}".encode()[:-3])
+    assert [row["step"] for row in read_rows(path)] == [1]
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +277,7 @@ def test_the_command_compares_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["report", *folders]) == 0
     assert "<h1>2 runs</h1>" in (tmp_path / "comparison.html").read_text()
-    assert main(["report", *folders, "--output", str(tmp_path / "other.html")]) == 0
+    assert main(["report", *folders, "--html", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").is_file()
 
 
@@ -244,12 +287,14 @@ def test_the_command_compares_runs(tmp_path: Path, monkeypatch, capsys) -> None:
         (["nowhere"], "nowhere is no folder"),
         (["."], "neither run.json, metrics.jsonl nor a checkpoint"),
         (["mine"] * (MOST_RUNS + 1), f"at most {MOST_RUNS}"),
-        (["mine", "--output", "no/such/folder.html"], "no/such/folder.html cannot be written"),
+        (["mine", "--html", "no/such/folder.html"], "no/such/folder.html cannot be written"),
+        (["binary"], "binary/metrics.jsonl has no line that is JSON"),
     ],
-    ids=["no folder", "no run", "too many", "no place"],
+    ids=["no folder", "no run", "too many", "no place", "binary"],
 )
 def test_the_command_says_what_to_mend(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     write(tmp_path / "mine", run(), rows())
+    (write(tmp_path / "binary", run()) / "metrics.jsonl").write_bytes(bytes(range(256)))
     monkeypatch.chdir(tmp_path)
     assert main(["report", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -106,6 +106,18 @@ def test_a_stopped_trial_goes_on_when_it_is_resumed(tmp_path: Path, formula: For
     assert end.trial("a").spared
 
 
+def test_a_failed_trial_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    sweep = sweep_of([trial(name, Status.FAILED, steps=13, reason="NonFiniteStepError") for name in ("a", "b")])
+    write_checkpoint(tmp_path, "a", 10)
+    for name, steps, status, how in (
+        ("a", 10, Status.PAUSED, "goes on from step 10"),
+        ("b", 0, Status.WAITING, "begins anew"),
+    ):
+        after, text = apply(tmp_path, sweep, Request("resume", name), lambda options: [])
+        assert text == f"{name}: {how} when its turn comes"
+        assert (after.trial(name).steps, after.trial(name).status) == (steps, status)
+
+
 def test_a_clone_goes_on_from_the_newest_checkpoint(tmp_path: Path, formula: Formula) -> None:
     write_checkpoint(tmp_path, "a", 5)
     newest = write_checkpoint(tmp_path, "a", 10)
@@ -220,7 +232,8 @@ def test_commands_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["sweep", "stop", str(folder), "a"]) == 0
     assert "a: stopped after step 5\nNobody runs this sweep now" in capsys.readouterr().out
     assert main(["sweep", "ls", str(folder)]) == 0
-    assert "stopped" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "a stopped: stopped by a command\nNobody runs this sweep now" in shown
     assert main(["sweep", "resume", str(folder), "a"]) == 0
     assert read_sweep(folder).trial("a").status is Status.PAUSED  # type: ignore[union-attr]
     assert main(["sweep", "clone", str(folder), "a", "--set", "beta=-1", "--from_scratch"]) == 2

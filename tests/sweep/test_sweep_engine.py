@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFOPT_CURVES", "off")
+    monkeypatch.setenv("PREFOPT_REPORT", "off")
 
 
 def write_sweep_file(path: Path, data: Path, trials: list[dict[str, Any]], **keys: Any) -> Path:
@@ -99,7 +99,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Path
     """The folder of a sweep of all kinds of trials on one base model."""
     path = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFOPT_CURVES", "off")
+        patch.setenv("PREFOPT_REPORT", "off")
         patch.setenv("PREFOPT_CACHE", str(path / "cache"))
         file = write_sweep_file(path, data, [*ADAPTERS, *WHOLE], max_at_once=10)
         assert main(["sweep", str(file)]) == 0
@@ -119,13 +119,17 @@ def test_a_trial_gives_what_it_gives_alone(
 
 
 def test_the_user_may_evaluate_by_epochs_and_pause_anywhere(
-    data: Path, tmp_path: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, quiet: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """8 steps an epoch; chunks of 3 and of 1 end within epochs, at their ends, and after the last one."""
+    """8 steps an epoch; chunks of 3 and of 1 end within epochs, at their ends, and after the last one. Samples are in
+    their file alone."""
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     run = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    run |= {"generate_during_eval": True, "num_eval_samples": 1, "eval_sample_tokens": 2}
     file = write_sweep_file(tmp_path, data, [{"beta": 0.3}], chunk_steps=3, run=run)
     assert main(["sweep", str(file)]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"01-beta0.3"}
+    assert (tmp_path / "sweep" / "trials" / "01-beta0.3" / "samples.jsonl").is_file()
     trial = trial_folder(tmp_path / "sweep", "01-beta0.3")
     assert main(["train", str(trial / "run.yaml"), "--output_dir", str(tmp_path / "alone")]) == 0
     assert_same_run(trial, tmp_path / "alone")
@@ -148,6 +152,33 @@ def test_a_clone_is_the_run_that_goes_on_with_changes(
     assert_same_run(clone, tmp_path / "alone")
     assert {row["step"] for row in rows(clone)} == {6, 8}
     assert not torch.equal(*(next(iter(weights(run).values())) for run in (original, clone)))
+
+
+def test_a_clone_of_another_trial_disturbs_no_run(
+    data: Path, tmp_path: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options are checked, which makes a config, while another trial is within its chunk."""
+    from prefopt.sweep.commands import Request, ask, wait_for_answer
+    from prefopt.sweep.table import Display
+
+    file = write_sweep_file(tmp_path, data, [{"beta": 0.1}, {"beta": 0.5}], run={"max_steps": 6, "eval_steps": 2})
+    folder, update, asked = tmp_path / "sweep", Display.update, []
+
+    def updated(self: Display, sweep: Any, name: str | None = None) -> None:
+        update(self, sweep, name)
+        if not asked and sweep.trials[1].steps == 2:
+            for beta in (0.9, -1.0):
+                asked.append(ask(folder, Request("clone", "01-beta0.1", {"beta": beta})))
+
+    monkeypatch.setattr(Display, "update", updated)
+    assert main(["sweep", str(file)]) == 0
+    answers = [wait_for_answer(folder, name, 1.0) for name in asked]
+    assert [is_done for _, is_done in answers if answers] == [True, False]  # type: ignore[misc]
+    assert "beta=-1" in answers[1][0]  # type: ignore[index]
+    assert [trial.status for trial in read_sweep(folder).trials] == [Status.FINISHED] * 3  # type: ignore[union-attr]
+    trial = trial_folder(folder, "02-beta0.5")
+    assert main(["train", str(trial / "run.yaml"), "--output_dir", str(tmp_path / "alone")]) == 0
+    assert_same_run(trial, tmp_path / "alone")
 
 
 # -- what is shared ----------------------------------------------------------------------------------------------------

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import yaml
+from sweeps import write_rows
 
+from prefopt.cli import sweep as command
 from prefopt.cli.main import main
-from prefopt.cli.sweep import begun
-from prefopt.cli.sweep_file import read_sweep_file
+from prefopt.cli.sweep_file import SweepFile, read_sweep_file
 from prefopt.quickstart import ASSETS
 from prefopt.sweep.plan import trial_name
 from prefopt.sweep.scheduler import chunk_size
-from prefopt.sweep.state import Status, read_sweep, write_sweep
+from prefopt.sweep.state import Status, Sweep, Trial, read_sweep, write_sweep
 
 RUN = {"model_name_or_path": str(ASSETS), "dataset_name": "data", "beta": 0.1, "report_to": "none", "bf16": False}
+
+
+def begun(file: SweepFile) -> Sweep:
+    return command.begun(file, command.planned(file))
 
 
 def sweep_file(folder: Path, **keys: Any) -> str:
@@ -97,6 +102,13 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"trials": [{"beta": -1}, {"seed": 1}, {"loss_type": "simpo"}, {"tf32": True}, {"max_steps": "many"}]},
         ["01-beta-1: .*beta", "03-loss_typesimpo: .*loss_type", "04-tf32True: tf32: acts on", "05-max_stepsmany: "],
     ),
+    "a rank": ({"trials": [{"use_peft": True, "lora_r": 0}]}, ["01-.*: lora_r=0: an adapter's rank must be above 0"]),
+    "secrets of trials": (
+        {"trials": [{"hub_token": "hf_abcdefghijkl"}, {"hub_token": "hf_abcdefghijkm"}]},
+        ["hub_token: is a secret, .*; put it in `run`"],
+    ),
+    "a secret among values": ({"parameters": {"hub_token": {"values": ["hf_abcdefghijkl"]}}}, ["is a secret, and"]),
+    "a secret of a grid": ({"parameters": {"hub_token": ["hf_abcdefghijkl", "other"]}}, ["hub_token: is a secret, "]),
     "no model": (
         {"run": {"dataset_name": "d"}, "trials": [{"beta": 1}]},
         ["model_name_or_path: name"],
@@ -113,6 +125,8 @@ def test_all_mistakes_come_at_once_and_nothing_begins(
     message = capsys.readouterr().err
     for pattern in patterns:
         assert re.search(pattern.replace("?", r"\?").replace("(", r"\("), message), message
+    assert "(set in" not in message, "each mistake is one line"
+    assert "hf_abcdefghijk" not in message
     assert not (tmp_path / "sweep").exists()
 
 
@@ -142,6 +156,66 @@ def test_trials_that_have_begun_keep_their_options(tmp_path: Path) -> None:
     assert "02-" not in str(raised.value), "which has not begun"
     more = begun(read_sweep_file(sweep_file(tmp_path, trials=[*trials, {"beta": 0.9}])))
     assert [trial.name for trial in more.trials] == ["01-beta0.1", "02-beta0.5", "03-beta0.9"]
+
+
+def test_values_that_are_added_train_no_configuration_again(tmp_path: Path) -> None:
+    betas = {"beta": [0.1, 0.5], "seed": [1, 2]}
+    sweep = begun(read_sweep_file(sweep_file(tmp_path, parameters=betas)))
+    clone = Trial("05-beta0.9-from01", {"beta": 0.9, "seed": 1}, cloned_from=sweep.trials[0].name)
+    (tmp_path / "sweep").mkdir()
+    write_sweep(tmp_path / "sweep", sweep.with_trial(clone))
+    more = begun(read_sweep_file(sweep_file(tmp_path, parameters={"beta": [0.1, 0.9, 0.5], "seed": [1, 2]})))
+    assert more.trials[:5] == (*sweep.trials, clone)
+    assert [trial.name for trial in more.trials[5:]] == ["06-beta0.9-seed1", "07-beta0.9-seed2"]
+    twice = [{"beta": 0.1, "seed": 1}, {"seed": 1, "beta": 0.1}]
+    again = begun(read_sweep_file(sweep_file(tmp_path, trials=twice)))
+    assert [trial.name for trial in again.trials[5:]] == ["06-beta0.1-seed1"], "one of the two is there"
+
+
+def test_a_sweep_goes_on_by_the_metric_that_its_file_names(tmp_path: Path) -> None:
+    run = {**RUN, "eval_strategy": "steps", "eval_steps": 5}
+    sweep = begun(read_sweep_file(sweep_file(tmp_path, run=run, trials=[{"beta": 0.1}])))
+    write_rows(tmp_path / "sweep", "01-beta0.1", [{"step": 5, "eval_loss": 0.4}, {"step": 10, "eval_loss": 0.6}])
+    write_sweep(tmp_path / "sweep", sweep)
+    (trial,) = begun(read_sweep_file(sweep_file(tmp_path, run=run, trials=[{"beta": 0.1}], metric="eval_loss"))).trials
+    assert (trial.last, trial.best) == (0.6, 0.4)
+    keys = {"metric": "eval_loss", "direction": "maximize"}
+    sweep = begun(read_sweep_file(sweep_file(tmp_path, run=run, trials=[{"beta": 0.1}], **keys)))
+    assert (sweep.metric, sweep.direction, sweep.trials[0].best) == ("eval_loss", "maximize", 0.6)
+
+
+def test_a_command_that_is_given_while_a_sweep_starts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sweep_file(tmp_path, trials=[{"beta": 0.1}])
+    file = read_sweep_file(path)
+    sweep = begun(file)
+    file.plan.folder.mkdir()
+    write_sweep(file.plan.folder, sweep)
+    planned, started = command.planned, []
+
+    def slowly(file: SweepFile) -> list[Trial]:
+        found = planned(file)
+        assert main(["sweep", "stop", str(file.plan.folder), "01-beta0.1"]) == 0
+        return found
+
+    def train(file: SweepFile, sweep: Sweep, engine: str) -> Sweep:
+        started.append(sweep)
+        return sweep
+
+    monkeypatch.setattr(command, "planned", slowly)
+    monkeypatch.setattr(command, "train", train)
+    assert main(["sweep", path]) == 0
+    assert started[0].trials[0].status is Status.STOPPED
+
+
+def test_a_trial_is_called_by_its_name_in_trackers(tmp_path: Path) -> None:
+    for run, name in ((RUN, "01-beta0.1"), ({**RUN, "run_name": "mine"}, "mine")):
+        file = read_sweep_file(sweep_file(tmp_path, run=run, trials=[{"beta": 0.1}]))
+        assert file.configs({"beta": 0.1}, tmp_path / "01-beta0.1")[1].run_name == name
+
+
+def test_a_metric_may_be_of_a_set_with_a_name(tmp_path: Path) -> None:
+    keys = {"trials": [{"beta": 0.1}], "metric": "eval_hard_rewards/margins"}
+    assert read_sweep_file(sweep_file(tmp_path, **keys)).strategy.metric == "eval_hard_rewards/margins"
 
 
 def test_secrets_are_in_no_file(tmp_path: Path) -> None:

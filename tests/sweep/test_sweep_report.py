@@ -108,6 +108,16 @@ def test_the_page_is_written_now_and_then_and_at_the_end(tmp_path: Path, monkeyp
     assert written == [tmp_path / "report.html"] * 2
 
 
+def test_the_page_is_made_again_by_the_command_for_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from prefopt.cli.main import main
+    from prefopt.sweep.state import write_sweep
+
+    write_sweep(tmp_path, swept(tmp_path, 2))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.replace("\n", "") == f"written: {tmp_path / 'report.html'}"
+    assert "Sweep of 2 DPO trials" in (tmp_path / "report.html").read_text()
+
+
 def test_a_page_that_fails_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

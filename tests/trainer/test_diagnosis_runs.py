@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from short_runs import dataset, trainer
 
 from prefopt import DPOConfig, DPOTrainer
 from prefopt.quickstart import ASSETS, preference_set
+from prefopt.trainer.evaluation import EvaluatingTrainer
 from prefopt.trainer.progress import diagnosing
 
 
@@ -69,3 +71,30 @@ def test_a_learning_rate_of_a_tenth(tmp_path: Path, said: Any) -> None:
 def test_a_learning_rate_that_moves_nothing(tmp_path: Path, said: Any) -> None:
     trainer(tmp_path, max_steps=12, learning_rate=1e-9).train()
     assert said() == ["learning rate too low"]
+
+
+def test_an_evaluation_without_numbers_does_not_end_a_run(tmp_path: Path, said: Any, monkeypatch) -> None:
+    evaluated = EvaluatingTrainer.evaluation_loop
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = evaluated(self, *args, **kwargs)
+        output.metrics.update(dict.fromkeys(output.metrics, math.nan))
+        return output
+
+    monkeypatch.setattr(EvaluatingTrainer, "evaluation_loop", broken)
+    options = {"eval_strategy": "steps", "eval_steps": 8, "max_steps": 16, "learning_rate": 3e-3}
+    run = trainer(tmp_path, eval_dataset=dataset(20, seed=5), **options)
+    run.train()
+    assert run.state.global_step == 16
+    assert said() == ["not finite"]
+
+
+def test_a_diagnosis_that_fails_does_not_end_a_run(tmp_path: Path, monkeypatch, caplog) -> None:
+    def fails(*args: Any) -> list[Any]:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(diagnosing, "diagnose", fails)
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    assert run.state.global_step == 2
+    assert "The diagnosis was not made: OSError('no such file')" in caplog.text

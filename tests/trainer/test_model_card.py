@@ -191,8 +191,7 @@ def test_of_a_trainer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PREFOPT_CURVES", "PREFOPT_REPORT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("PREFOPT_REPORT", raising=False)
 
 
 def parts(card: str) -> dict[str, str]:

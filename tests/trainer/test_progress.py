@@ -66,7 +66,8 @@ def test_a_resumed_part_takes_its_speed_from_its_own_steps(hand: Hand) -> None:
 
 
 def test_a_part_within_another_does_not_slow_it_down(hand: Hand) -> None:
-    shown = Display(lambda line: None, clock=hand)
+    lines: list[str] = []
+    shown = Display(lines.append, clock=hand)
     with shown.part("training", 4, "steps") as training:
         hand.now += 1.0
         training.advance(1, 10, 0)
@@ -79,6 +80,7 @@ def test_a_part_within_another_does_not_slow_it_down(hand: Hand) -> None:
         training.advance(1, 10, 0)
     assert training.speeds() == "10.0 pairs/s"
     assert training.seconds == 101.0
+    assert lines[-1] == "training: 2 of 4 steps in 1:41; 10.0 pairs/s without samples and evaluation"
 
 
 def test_other_ranks_have_as_many_pairs_or_fewer(hand: Hand) -> None:

@@ -24,15 +24,19 @@ __all__ = ["main"]
 USAGE = """\
 usage: prefopt check RUN.yaml [--option value ...]
 
-Whether `prefopt train RUN.yaml` will go through, without starting it: all options, every row of both splits, the
-tokens, the model, and a few real optimizer steps, of which the largest that the run will make. Says what memory and
-time the run will need. Writes nothing into output_dir.
+Whether `prefopt train RUN.yaml` will go through, without starting it: all
+options, every row of both splits, the tokens, the model, and a few real
+optimizer steps, of which the largest that the run will make. Says what memory
+and time the run will need. Writes nothing into output_dir.
 
-Every problem is one line: where, what, and what to do. Errors would end the run, warnings would not.
+Every problem is one line: where, what, and what to do. Errors would end the
+run, warnings would not.
 
-  --option value   as for prefopt train; the command line wins over the file
+  --option value   as for prefopt train; the command line wins over the file.
+                   Every option: prefopt METHOD --help-all
 
-exit status: 0 the run will go through; 1 it will not; 2 there is no such file or option
+exit status: 0 the run will go through; 1 it will not; 2 there is no such file,
+or an option, in the file or as a flag, has a name that is none
 """
 PLACED = re.compile(r"^(.+:\d+): (.*)$", re.DOTALL)
 SEVERAL = re.compile(r"^\w+Config: \d+ options are wrong$")
@@ -41,13 +45,13 @@ OF_CONFIG = re.compile(r"^(- |\w+Config: )")
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Checks a run; 0: it will go through."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return 0
     with users_mistakes():
         method, options = method_and_arguments("check", arguments)
+        check_names(method, options)
         flags, path = without_config(options)
-        check_names(method, flags)
         run_file = read_run_file(str(path))
     from rich.console import Console
 
@@ -119,10 +123,6 @@ def parsed(method: str, arguments: list[str], findings: Findings, place: Callabl
 
     messages = []
     try:
-        check_names(method, arguments)
-    except ValueError as error:
-        messages += str(error).splitlines()
-    try:
         with overheard(hear):
             configs = make_parser(method).parse_args_and_config(arguments, return_remaining_strings=True)
     except ValueError as error:
@@ -171,6 +171,8 @@ def loaded(
 @contextmanager
 def quiet(console: Any) -> Iterator[None]:
     """What libraries print and draw within is no part of the check; a line says that it is at work."""
+    from prefopt.cli.quiet import without_retries
+
     status = console.status("looking at options, rows, model and steps")
-    with status, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with status, without_retries(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

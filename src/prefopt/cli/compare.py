@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefopt.cli.errors import users_mistakes
-from prefopt.files import replace_file
+from prefopt.cli.errors import check_writable, users_mistakes, write_wanted
+from prefopt.cli.own_parser import OwnParser
+from prefopt.cli.quiet import without_bars
 
 if TYPE_CHECKING:
     from prefopt.inspection.comparing.comparison import Comparison
@@ -15,32 +16,44 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+LEAST = {
+    "max_rows": 1,
+    "max_length": 1,
+    "per_device_eval_batch_size": 1,
+    "max_new_tokens": 1,
+    "num_samples": 0,
+    "num_kl_rows": 0,
+}
+"""Option -> the smallest value that makes sense."""
 NUM_EXTREMES = 5
 """Pairs that are shown of those that were moved furthest, each way."""
 NUM_SHOWN = 3
 """Samples in the terminal."""
+WHOLE = 100_000
+"""Characters of a line where there is no terminal: nothing is cut."""
 
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Prints the comparison, and writes it as HTML and JSON where that is asked for."""
     options = parser().parse_args(list(arguments))
-    with users_mistakes():
+    wanted = [(f"--{name}", getattr(options, name), make) for name, make in (("html", page), ("json", as_json))]
+    wanted = [each for each in wanted if each[1] is not None]
+    for option, path, _ in wanted:
+        check_writable(option, path)
+    with users_mistakes(), without_bars():
         found = comparison(options)
-    wanted = [(path, make) for path, make in ((options.html, page), (options.json, as_json)) if path is not None]
-    for path, make in wanted:
-        replace_file(path, make(found))
     show(found)
-    for path, _ in wanted:
-        print(f"written to {path}")
+    for option, path, make in wanted:
+        write_wanted(option, path, make(found))
+        print(f"written: {path}")
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def parser() -> OwnParser:
+    made = OwnParser(
         prog="prefopt compare",
         description="A tuned model beside the model it was tuned from, on preference data: accuracy, margins, shift of "
         "the log-probs, KL, lengths, samples. Models are folders or Hub names, of whole models or adapters.",
-        allow_abbrev=False,
     )
     made.add_argument("base", metavar="BASE", help="the model before tuning")
     made.add_argument("tuned", metavar="TUNED", help="the model after it, a run's folder for example")
@@ -78,9 +91,10 @@ def comparison(options: argparse.Namespace) -> Comparison:
         worst, best = worst_and_best(scores, NUM_EXTREMES)
         return [*worst, *best]
 
-    for name in ("max_rows", "per_device_eval_batch_size", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: must be at least 1")
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
     settings = Settings(
         max_length=options.max_length,
         batch_size=options.per_device_eval_batch_size,
@@ -89,18 +103,20 @@ def comparison(options: argparse.Namespace) -> Comparison:
         num_kl_rows=options.num_kl_rows,
         dtype=options.dtype,
     )
-    return compared(options.base, options.tuned, rows(options), settings, shown)
+    split, dataset = rows(options)
+    return compared(options.base, options.tuned, dataset, settings, shown, split)
 
 
-def rows(options: argparse.Namespace) -> Any:
-    """The first rows of the split."""
+def rows(options: argparse.Namespace) -> tuple[str, Any]:
+    """Name of the split, and its first rows."""
     from prefopt.data import load_source
 
     name, config, split = options.dataset_name, options.dataset_config, options.dataset_test_split
     loaded: Any = load_source(name, config, split)
     if split is None:
-        loaded = loaded["test" if "test" in loaded else "train" if "train" in loaded else next(iter(loaded))]
-    return loaded.select(range(min(len(loaded), options.max_rows)))
+        split = "test" if "test" in loaded else "train" if "train" in loaded else next(iter(loaded))
+        loaded = loaded[split]
+    return split, loaded.select(range(min(len(loaded), options.max_rows)))
 
 
 def show(found: Comparison) -> None:
@@ -113,6 +129,8 @@ def show(found: Comparison) -> None:
     from prefopt.terminal import harmless
 
     console = Console()
+    if not console.is_terminal:
+        console.width = WHOLE
     for remark in found.remarks:
         console.print(Text(harmless(remark)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(harmless(f"{found.tuned} beside {found.base}")))
@@ -140,7 +158,7 @@ def figures(found: Comparison) -> Iterator[tuple[str, str, str, str, str]]:
         lengths = [[sample.num_tokens[side] for sample in found.samples] for side in (0, 1)]
         base, tuned = (sum(side) / len(side) for side in lengths)
         yield "length of own text", f"{base:.1f}", f"{tuned:.1f}", f"{tuned - base:+.1f}", "tokens"
-        cut = [sum(each == found.settings.max_new_tokens for each in side) for side in lengths]
+        cut = [sum(sample.was_cut[side] for sample in found.samples) for side in (0, 1)]
         if any(cut):
             yield "own text cut", str(cut[0]), str(cut[1]), "", f"of {len(found.samples)} prompts"
 

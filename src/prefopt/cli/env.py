@@ -11,6 +11,8 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prefopt.cli.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,8 +21,9 @@ __all__ = ["describe", "main", "rows_attention"]
 USAGE = """\
 usage: prefopt env [MODEL]
 
-Versions, devices, and what a run gets on this machine: precision, attention and head kernels, optimizer, packages.
-With MODEL (a folder or a Hub name; its weights are not loaded) also: layout, attention, context, chat template, size.
+Versions, devices, and what a run gets on this machine: precision, attention and
+head kernels, optimizer, packages. With MODEL (a folder or a Hub name; its
+weights are not loaded) also: layout, attention, context, chat template, size.
 """
 PACKAGES = (
     "prefopt",
@@ -41,6 +44,7 @@ OPTIONAL = {
     "kernels": "kernels from the Hub (use_kernels, attn_implementation)",
     "deepspeed": "accelerate_config zero1, zero2, zero3",
     "pillow": "images",
+    "ray": "sweeps on several machines (--engine ray); pip install 'prefopt[ray]'",
     "optuna": "pruning in sweeps, hyperparameter_search; pip install 'prefopt[sweep]'",
     "tensorboard": "report_to tensorboard",
     "trackio": "report_to trackio",
@@ -58,11 +62,13 @@ def main(argv: Sequence[str] = ()) -> int:
     """Prints the description; with a model's name as argument also what the model gets.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or there are other arguments.
     """
     if set(argv) & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
+    if wrong := [text for text in argv if text.startswith("-")] or argv[1:]:
+        raise UserError(f"unexpected argument {wrong[0]!r}: the name of a model, or nothing; see prefopt env --help")
     from prefopt.terminal import harmless
 
     for name, value in describe(argv[0] if argv else None):

@@ -10,17 +10,17 @@ from importlib import import_module
 from types import TracebackType
 
 from prefopt.cli.errors import UserError, users_mistakes
-from prefopt.cli.usage import COMMANDS, METHODS, method_usage, usage
+from prefopt.cli.usage import ALONE, COMMANDS, METHODS, TRAIN, method_usage, usage
 from prefopt.terminal import harmless
 
 __all__ = ["main"]
 
 HELP_FLAGS = {"-h", "--help"}
-MODULES = {
-    **{name: f"prefopt.cli.{name}" for name in COMMANDS.keys() - METHODS.keys() - {"train", "quickstart"}},
-    "quickstart": "prefopt.quickstart.run",
-}
+EVERY_OPTION = "--help-all"
+MODULES = {name: f"prefopt.cli.{name}" for name in COMMANDS.keys() - METHODS.keys() - {"train"}}
 """Command -> the module whose ``main(arguments)`` runs it and returns the exit status; training is done here."""
+READER_GONE = 128 + 13
+"""Exit status where what reads the output has ended, as `head` does: as a shell shows SIGPIPE."""
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Lets torch ask for large pages on a CPU, where faults of small ones cost a good part of a step. Torch reads it once,
 when it first allocates."""
@@ -31,14 +31,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault(LARGE_PAGES, "1")
     sys.excepthook = _show_failure
     command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in HELP_FLAGS | {"--help-all"}:
+    if command in HELP_FLAGS | {EVERY_OPTION}:
         print(usage())
         return 0
-    if command in METHODS and HELP_FLAGS & set(arguments):
-        print(method_usage(command))
-        return 0
+    if command not in METHODS:  # whose help says where every option is
+        arguments = ["--help" if argument == EVERY_OPTION else argument for argument in arguments]
+    if not arguments and command not in ALONE:
+        arguments = ["--help"]
     try:
-        return _run(command, arguments)
+        status = _run(command, arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return READER_GONE
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich's answer to it is status 1, which means something else
+            return READER_GONE
+        raise
     except UserError as error:
         if os.environ.get("PREFOPT_TRACEBACK"):
             raise
@@ -71,18 +81,20 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _ends_that_say_what_to_do() -> tuple[type[Exception], ...]:
+    from prefopt.trainer.best_metric import BestMetricError
     from prefopt.trainer.guards.nonfinite import NonFiniteStepError
     from prefopt.trainer.guards.out_of_memory import MicroBatchMemoryError
     from prefopt.trainer.saving.checkpointing import CheckpointNotWrittenError, FolderInUseError
     from prefopt.trainer.saving.continuation import ResumeError
 
-    return CheckpointNotWrittenError, FolderInUseError, MicroBatchMemoryError, NonFiniteStepError, ResumeError
+    of_checkpoints = (CheckpointNotWrittenError, FolderInUseError, ResumeError)
+    return BestMetricError, MicroBatchMemoryError, NonFiniteStepError, *of_checkpoints
 
 
 def _train_file(arguments: list[str]) -> int:
     """``prefopt train RUN.yaml --option value``."""
-    if not arguments or HELP_FLAGS & set(arguments):
-        print(f"usage: prefopt train RUN.yaml [--option value ...]\n\n{COMMANDS['train']}")
+    if HELP_FLAGS & set(arguments):
+        print(TRAIN, end="")
         return 0
     from prefopt.cli.run_file import method_and_arguments
 
@@ -93,15 +105,19 @@ def _train_file(arguments: list[str]) -> int:
 
 def _train(method: str, arguments: list[str]) -> int:
     """Checks the names of all options, then the options, and only then loads anything."""
-    if "--help-all" in arguments:
+    if HELP_FLAGS & set(arguments):
+        print(method_usage(method))
+        return 0
+    if EVERY_OPTION in arguments:
         from prefopt.cli.train import make_parser
 
         make_parser(method).print_help()
         return 0
-    from prefopt.cli.names import check_names
+    from prefopt.cli.names import check_given, check_names
 
     with users_mistakes():
         check_names(method, arguments)
+        check_given(arguments)
 
     from prefopt.cli.launch import launch, plan_launch
     from prefopt.cli.train import make_parser, make_trainer, train

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from prefopt.cli.errors import users_mistakes
+from prefopt.cli.own_parser import OwnParser
+from prefopt.cli.quiet import without_bars
 
 __all__ = ["main"]
 
@@ -13,7 +14,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] = ()) -> int:
     """Merges; 0 when the model is written, 1 when it did not compute the same and was not."""
     options = parser().parse_args(list(arguments))
-    with users_mistakes():
+    with users_mistakes(), without_bars():
         from prefopt.inspection.merging import NotTheSameError, merge
 
         try:
@@ -31,12 +32,11 @@ def main(arguments: Sequence[str] = ()) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def parser() -> OwnParser:
+    made = OwnParser(
         prog="prefopt merge",
         description="Merge the adapter of a run into its base model. The result is written only if it computes the "
         "same: logits of random tokens, greedy text.",
-        allow_abbrev=False,
     )
     made.add_argument("run", metavar="RUN", help="a run's output_dir, a checkpoint, or any folder with an adapter")
     made.add_argument("--output_dir", required=True, help="of the merged model; a new folder")

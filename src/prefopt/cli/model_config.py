@@ -42,6 +42,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit=True and load_in_4bit=True: a model has one precision; set one of them")
+        if self.use_peft and self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r}: an adapter's rank must be above 0: set for example 16")
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
             self.lora_target_modules = self.lora_target_modules[0]  # type: ignore[assignment]  # a name or a pattern
 

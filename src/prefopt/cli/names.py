@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from prefopt.cli.run_file import RunFile, nearest, read_run_file, without_config
 
-__all__ = ["LAUNCH_ONLY", "check_names", "known_names"]
+__all__ = ["LAUNCH_ONLY", "check_given", "check_names", "known_names", "missing_options"]
 
 PACKAGE = Path(__file__).parents[1]
 LAUNCH_ONLY = ("accelerate_config",)
@@ -24,8 +24,13 @@ SOURCES = {
 HIDDEN = {"user_set"}
 
 
-def check_names(method: str, arguments: Sequence[str]) -> None:
+def check_names(method: str, arguments: Sequence[str], own: Iterable[str] = ()) -> None:
     """Refuses unknown flags and unknown keys of the ``--config`` file, all in one message.
+
+    Args:
+        method: ``dpo``, ``cpo`` or ``tpo``.
+        arguments: those of ``prefopt METHOD``.
+        own: options that the command has beside those of a run, which a flag may have been meant for.
 
     Raises:
         ValueError: with ``file:line`` for each key and the nearest name; or the file is for another method.
@@ -37,7 +42,7 @@ def check_names(method: str, arguments: Sequence[str]) -> None:
     for flag in _flags(flags):
         name = flag.lstrip("-").replace("-", "_")
         if name not in known and name.removeprefix("no_") not in known:
-            problems.append(f"unknown option {flag}{nearest(name, known)}")
+            problems.append(f"unknown option {flag}{nearest(name, {*own, *known})}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -51,6 +56,30 @@ def _wrong_keys(method: str, run_file: RunFile, known: frozenset[str]) -> list[s
         if key not in known | {"method"}:
             problems.append(f"{run_file.where(key)}: unknown key {key!r}{nearest(key, known)}")
     return problems
+
+
+def check_given(arguments: Sequence[str]) -> None:
+    """Refuses a run that names no model or no data, in the flags or in the ``--config`` file.
+
+    Raises:
+        ValueError: with what is missing.
+        FileNotFoundError: There is no such file.
+    """
+    flags, path = without_config(arguments)
+    values = {} if path is None else read_run_file(path).values
+    given = {flag.lstrip("-").replace("-", "_") for flag in _flags(flags)}
+    if missing := missing_options(given | {key for key, value in values.items() if value is not None}):
+        raise ValueError("\n".join(missing))
+
+
+def missing_options(given: Collection[str]) -> list[str]:
+    """What a run must name and the options that are given do not."""
+    missing = []
+    if "model_name_or_path" not in given:
+        missing.append("model_name_or_path: name the model to train, a folder or a Hub name")
+    if "dataset_name" not in given and "datasets" not in given:
+        missing.append("dataset_name: name the data, a file, a folder or a Hub name (or datasets: in YAML)")
+    return missing
 
 
 @functools.cache

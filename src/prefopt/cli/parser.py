@@ -18,6 +18,8 @@ __all__ = ["PrefParser", "TrlParser"]
 UNSET: Any = object()
 HIDDEN = ("user_set",)
 """Fields that the parser does not offer."""
+YES_OR_TEXT = ("resume_from_checkpoint",)
+"""Options of text that may also be a yes or no."""
 
 
 class Unknown(NamedTuple):
@@ -191,6 +193,8 @@ class PrefParser(HfArgumentParser):
             raise argparse.ArgumentError(None, f"takes a single value, got the mapping {value!r}")
         if isinstance(value, bool) and "no" in (action.choices or ()) and not value:
             value = "no"
+        if isinstance(value, bool) and action.dest in YES_OR_TEXT:
+            value = str(value).lower()
         if isinstance(value, bool):
             raise argparse.ArgumentError(None, f"got {value}, which is neither text nor a number; put text in quotes")
         converted = self._get_value(action, str(value))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from prefopt.cli.errors import UserError
+from prefopt.cli.own_parser import OwnParser
 from prefopt.cli.run_file import nearest
 from prefopt.files import replace_file
 from prefopt.recipes.catalogue import Recipe, recipe, recipe_names
@@ -18,13 +17,6 @@ __all__ = ["main"]
 
 LINE = 120
 """Characters of a line where there is no terminal: a table is then cut by nobody."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one message, like any other of the program's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,8 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="prefopt recipes", description="Commented run files with what the papers advise.")
+def make_parser() -> OwnParser:
+    parser = OwnParser(prog="prefopt recipes", description="Commented run files with what the papers advise.")
     actions = parser.add_subparsers(dest="action", metavar="ls | cp | show", required=True)
     actions.add_parser("ls", help="what there is: name, method, what for, papers")
     cp = actions.add_parser("cp", help="copy one, to be changed and trained with")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prefopt.cli.errors import UserError, users_mistakes
+from prefopt.cli.own_parser import OwnParser
 from prefopt.terminal import harmless
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 COMPARISON = Path("comparison.html")
+SWEEP = "sweep.json"
+"""In the folder of a sweep."""
 STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
@@ -32,28 +34,49 @@ def main(arguments: Sequence[str]) -> int:
 
     if len(options.runs) > MOST_RUNS:
         raise UserError(f"{len(options.runs)} runs were named; at most {MOST_RUNS} can be told apart. Name fewer.")
+    if len(options.runs) == 1 and (options.runs[0] / SWEEP).is_file():
+        return report_sweep(options.runs[0], options.html or options.runs[0] / REPORT)
     with users_mistakes():
         folders = [read_folder(run) for run in options.runs]
     alone = len(folders) == 1
-    target = options.output or (options.runs[0] / REPORT if alone else COMPARISON)
+    target = options.html or (options.runs[0] / REPORT if alone else COMPARISON)
     try:
         replace_file(target, run_page(folders[0]) if alone else compared_page(folders))
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --output.") from error
+        raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --html.") from error
     say(folders, target)
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def report_sweep(folder: Path, target: Path) -> int:
+    """The page over all trials of a sweep, made again; 0."""
+    from prefopt.files import replace_file
+    from prefopt.sweep.overview import page
+    from prefopt.sweep.state import read_sweep
+
+    with users_mistakes():
+        sweep = read_sweep(folder)
+    if sweep is not None:
+        try:
+            replace_file(target, page(folder, sweep))
+        except OSError as error:
+            raise UserError(f"{target} cannot be written ({error.strerror}); name another file with --html.") from error
+    print(harmless(f"written: {target}"))
+    return 0
+
+
+def parser() -> OwnParser:
+    made = OwnParser(
         prog="prefopt report",
         description="Write one HTML file about a run: curves, diagnosis, samples, pairs, data, options, time. Of "
         "several runs: their curves in one picture, their results in one table, and the options that differ.",
         epilog="Every run writes its own report.html when it ends; one that was killed has none until it is made here.",
     )
-    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run (of prefopt, or of TRL)")
     made.add_argument(
-        "--output", type=Path, help="the file; default RUN/report.html, for several runs ./comparison.html"
+        "runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run (of prefopt, of TRL), or of a sweep"
+    )
+    made.add_argument(
+        "--html", type=Path, metavar="FILE", help="default RUN/report.html, for several runs ./comparison.html"
     )
     return made
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from prefopt.cli.errors import UserError, users_mistakes
+from prefopt.cli.errors import UserError, check_writable, users_mistakes, write_wanted
+from prefopt.cli.own_parser import OwnParser
+from prefopt.cli.quiet import without_bars
 
 __all__ = ["main"]
 
@@ -19,13 +20,14 @@ CANNOT_BE_PREPARED = 1
 """Exit status where a row that was asked for would end a run."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> OwnParser:
+    parser = OwnParser(
         "prefopt show",
-        "prefopt show RUN.yaml [--rows ROWS] [--split SPLIT] [--ids] [--html FILE] [--option value ...]",
+        "prefopt show RUN.yaml [--rows ROWS] [--split SPLIT] [--ids] [--html FILE]\n"
+        "                    [--option value ...]",
         ABOUT,
-        "All else is as in prefopt train: the run file comes first, options of the command line win over it.",
-        allow_abbrev=False,
+        "All else is as in prefopt train: the run file comes first, options of the command line win over it. "
+        "Every option of a run: prefopt METHOD --help-all.",
     )
     parser.add_argument("--rows", help="the first three, or as in 0,5,10-20, or random:5, drawn with the run's seed")
     parser.add_argument("--split", help="the split to show (default: dataset_train_split)")
@@ -36,19 +38,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Shows rows; returns the exit status: 1 where one of them cannot be prepared."""
-    parser = make_parser()
-    if not arguments:
-        parser.print_help()
-        return 0
-    own, rest = parser.parse_known_args(arguments)
+    own, rest = make_parser().parse_known_args(arguments)
+    check_writable("--html", own.html)
     from prefopt.cli.run_file import method_and_arguments
 
     with users_mistakes():
         method, options = method_and_arguments("show", rest)
-        from prefopt.cli.names import check_names
+        from prefopt.cli.names import check_given, check_names
 
-        check_names(method, options)
-        shown = read(method, options, own)
+        check_names(method, options, vars(own))
+        check_given(options)
+        with without_bars():
+            shown = read(method, options, own)
     return write(shown, own)
 
 
@@ -64,8 +65,6 @@ def read(method: str, options: list[str], own: argparse.Namespace) -> dict[str, 
         options, return_remaining_strings=True
     )
     train.show_log()
-    if missing := train.missing_names(script, model, mixture):
-        raise ValueError("\n".join(missing))
     training.image_roots = training.image_roots or train.image_roots(script, mixture) or None
     training.model_init_kwargs = train.model_options(model, training)
     name = model.model_name_or_path
@@ -155,11 +154,7 @@ def write(shown: dict[str, Any], own: argparse.Namespace) -> int:
 
 def write_page(shown: dict[str, Any], path: str) -> None:
     """Raises UserError where the file cannot be written."""
-    from prefopt.files import replace_file
     from prefopt.inspection.preview.page import preview_page
 
     page = preview_page(shown["previews"], f"Rows of {shown['split']}", "; ".join(shown["about"]), shown["eos"])
-    try:
-        replace_file(Path(path), page)
-    except OSError as error:
-        raise UserError(f"--html {path}: it cannot be written ({error})") from error
+    write_wanted("--html", path, page)

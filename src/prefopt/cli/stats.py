@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from prefopt.cli.errors import UserError, users_mistakes
+from prefopt.cli.errors import check_writable, users_mistakes, write_wanted
+from prefopt.cli.own_parser import OwnParser
+from prefopt.cli.quiet import without_bars
 from prefopt.cli.usage import METHODS
 
 if TYPE_CHECKING:
@@ -19,52 +21,58 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 USAGE = """\
-usage: prefopt stats DATA|RUN.yaml [--model_name_or_path MODEL] [--option value ...]
+usage: prefopt stats DATA|RUN.yaml [--model_name_or_path MODEL]
+                     [--option value ...]
 
-What is in a data set: lengths, duplicates, rows that teach nothing, bias to length, what is cut, what is saved.
+What is in a data set: lengths, duplicates, rows that teach nothing, bias to
+length, what is cut, what is saved.
 
-  DATA                          a file (JSON, JSONL, Parquet, CSV, Arrow), a folder, or a Hub name
-  RUN.yaml                      a run file: its data, model and max_length
+  DATA                  a file (JSON, JSONL, Parquet, CSV, Arrow), a folder, or
+                        a Hub name
+  RUN.yaml              a run file: its data, model and max_length
 
-  --model_name_or_path MODEL    count tokens as this model's runs would; its weights are not loaded
-  --max_length 1024             limit whose cuts are counted, beside 512, 1024, 2048, 4096 and the model's context
-  --mapping FILE.yaml           `columns:` and `messages:`, as an entry of `datasets:` has them (docs/data.md)
-  --method dpo                  or cpo, or tpo, whose rows have a gold completion; a run file names its own
-  --max_rows 100000             of a larger set that many rows are read, evenly spaced; of a stream the first
-  --html FILE                   a page with plots, whole in one file
-  --json FILE                   everything that was found, with all row numbers
+  --model_name_or_path MODEL
+                        count tokens as this model's runs would; its weights
+                        are not loaded
+  --max_length 1024     limit whose cuts are counted, beside 512, 1024, 2048,
+                        4096 and the model's context
+  --mapping FILE.yaml   `columns:` and `messages:`, as an entry of `datasets:`
+                        has them (docs/data.md)
+  --method dpo          or cpo, or tpo, whose rows have a gold completion; a run
+                        file names its own
+  --max_rows 100000     of a larger set that many rows are read, evenly spaced;
+                        of a stream the first
+  --html FILE           a page with plots, whole in one file
+  --json FILE           everything that was found, with all row numbers
 
-Any option of a run is taken: --dataset_config, --dataset_train_split train, --dataset_streaming, --truncation_mode, ..
-Status 0: every row can be read; 1: some cannot; 2: the command or the data set is wrong.
+Any option of a run is taken: --dataset_config, --dataset_train_split train,
+--dataset_streaming, ...; every option: prefopt METHOD --help-all.
+Status 0: every row can be read; 1: some cannot; 2: the command or the data set
+is wrong.
 """
 MAX_LENGTHS = (512, 1024, 2048, 4096)
 MAX_ROWS = 100_000
 
 
-class OwnOptions(argparse.ArgumentParser):
-    """The options that no run has; what is wrong with them is said like everything else."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see prefopt stats --help")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Prints what is in a data set; returns 1 where rows of it cannot be read."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return 0
     own, rest = options().parse_known_args(arguments)
+    for name in ("html", "json"):
+        check_writable(f"--{name}", getattr(own, name))
     with users_mistakes():
         found = statistics(own, rest)
         show(found, own)
     return 1 if found.broken or not found.preparation.num_kept else 0
 
 
-def options() -> OwnOptions:
-    parser = OwnOptions(prog="prefopt stats", add_help=False, allow_abbrev=False)
+def options() -> OwnParser:
+    parser = OwnParser(prog="prefopt stats", add_help=False)
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--mapping")
-    parser.add_argument("--max_rows", "--max-rows", type=int, default=MAX_ROWS)
+    parser.add_argument("--max_rows", type=int, default=MAX_ROWS)
     parser.add_argument("--html")
     parser.add_argument("--json")
     return parser
@@ -95,7 +103,7 @@ def statistics(own: argparse.Namespace, rest: Sequence[str]) -> Statistics:
     from prefopt.cli.names import check_names
 
     method, arguments = run_arguments(own, rest)
-    check_names(method, arguments)
+    check_names(method, arguments, vars(own))
 
     from prefopt.cli.train import image_roots, load_data, make_parser, model_options
     from prefopt.inspection.statistics import measure
@@ -108,7 +116,8 @@ def statistics(own: argparse.Namespace, rest: Sequence[str]) -> Statistics:
     if own.mapping is not None:
         mixture = mapped(own.mapping, script)
         script.dataset_name = None
-    dataset, _ = load_data(script, mixture, with_eval=False)
+    with without_bars():
+        dataset, _ = load_data(script, mixture, with_eval=False)
     counter, meanings = None, {}
     if model.model_name_or_path is not None:
         training.image_roots = training.image_roots or image_roots(script, mixture) or None
@@ -182,21 +191,19 @@ def show(found: Statistics, own: argparse.Namespace) -> None:
     from prefopt.inspection.statistics.terminal import print_statistics
 
     print_statistics(found, Console())
-    for path, text in written(found, own):
-        from prefopt.files import replace_file
-
-        replace_file(path, text)
+    for option, path, text in written(found, own):
+        write_wanted(option, path, text)
         print(f"written: {path}")
 
 
-def written(found: Statistics, own: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Path and content of each file."""
+def written(found: Statistics, own: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Option, path and content of each file."""
     if own.json is not None:
         import json
         from dataclasses import asdict
 
-        yield own.json, json.dumps(asdict(found), indent=1, allow_nan=False)
+        yield "--json", own.json, json.dumps(asdict(found), indent=1, allow_nan=False)
     if own.html is not None:
         from prefopt.inspection.statistics.page import page
 
-        yield own.html, page(found)
+        yield "--html", own.html, page(found)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.cli.errors import UserError, users_mistakes
-from prefopt.cli.sweep_commands import COMMANDS, Parser, command
+from prefopt.cli.own_parser import OwnParser
+from prefopt.cli.sweep_commands import COMMANDS, command
 from prefopt.terminal import harmless
 
 if TYPE_CHECKING:
     from prefopt.cli.sweep_file import SweepFile
-    from prefopt.sweep.state import Sweep
+    from prefopt.sweep.state import Sweep, Trial
 
 __all__ = ["main"]
 
@@ -59,9 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if arguments[0] in COMMANDS:
         return command(arguments)
-    parser = Parser(prog="prefopt sweep", allow_abbrev=False)
+    parser = OwnParser(prog="prefopt sweep")
     parser.add_argument("file")
-    parser.add_argument("--output_dir", "--output-dir")
+    parser.add_argument("--output_dir")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     options = parser.parse_args(list(arguments))
     return start(options.file, options.output_dir, options.engine)
@@ -78,11 +79,13 @@ def start(path: str, output_dir: str | None, engine: str) -> int:
         from prefopt.cli.sweep_file import read_sweep_file
 
         file = read_sweep_file(path, output_dir)
-        sweep = begun(file)
+        trials = planned(file)
     from prefopt.sweep.state import FolderInUseError, held
 
     try:
         with held(file.plan.folder):
+            with users_mistakes():
+                sweep = begun(file, trials)
             sweep = train(file, sweep, engine)
     except FolderInUseError as error:
         raise UserError(str(error)) from error
@@ -91,15 +94,14 @@ def start(path: str, output_dir: str | None, engine: str) -> int:
     return int(any(trial.status == "failed" for trial in sweep.trials))
 
 
-def begun(file: SweepFile) -> Sweep:
-    """How the sweep of a file stands: anew, or as an earlier start has left it, with trials that were added since.
+def planned(file: SweepFile) -> list[Trial]:
+    """The trials that a file lists, or that make up its grid; none of a search.
 
     Raises:
-        ValueError: with every mistake of every trial; or the file has changed under trials that have begun.
+        ValueError: with every mistake of every trial.
     """
     from prefopt.sweep.plan import explicit_trials
     from prefopt.sweep.space import corners
-    from prefopt.sweep.state import Sweep, now, read_sweep
     from prefopt.sweep.strategy import whole_grid
 
     plan, strategy = file.plan, file.strategy
@@ -111,15 +113,34 @@ def begun(file: SweepFile) -> Sweep:
     trials = explicit_trials(combinations, file.check)
     if not plan.trials and not strategy.is_grid:  # of a search, what bounds it is checked
         explicit_trials(corners(strategy.parameters), file.check)
+    return trials
+
+
+def begun(file: SweepFile, trials: Sequence[Trial]) -> Sweep:
+    """How the sweep of a file stands: anew, or as an earlier start has left it, with trials that were added since, and
+    by the metric that the file now names.
+
+    Args:
+        file: of the sweep, whose folder is held: a command may have changed what lies there until then.
+        trials: as `planned`.
+
+    Raises:
+        ValueError: the file has changed under trials that have begun.
+    """
+    from prefopt.sweep.plan import new_trials
+    from prefopt.sweep.state import Sweep, now, read_sweep
+    from prefopt.sweep.summary import with_values
+
+    plan, strategy = file.plan, file.strategy
     sweep = read_sweep(plan.folder)
     if sweep is None:
         new = Sweep(str(file.path.resolve()), plan.method, strategy.metric, strategy.direction, started=now())
         return replace(new, chunk_steps=plan.chunk_steps, trials=tuple(trials))
     if changed := file.changed(sweep.trials):
         raise ValueError("\n".join([f"{plan.folder} has trials that began with other options:", *changed, PUT_BACK]))
-    known = {trial.name for trial in sweep.trials}
-    added = tuple(trial for trial in trials if trial.name not in known)
-    return replace(sweep, chunk_steps=plan.chunk_steps, trials=(*sweep.trials, *added))
+    added = new_trials(trials, sweep.trials)
+    sweep = replace(sweep, chunk_steps=plan.chunk_steps, metric=strategy.metric, direction=strategy.direction)
+    return replace(sweep, trials=(*(with_values(plan.folder, sweep, trial) for trial in sweep.trials), *added))
 
 
 PUT_BACK = "put them back, or name another output_dir; prefopt sweep clone goes on with changed options"

@@ -5,26 +5,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from prefopt.cli.errors import UserError, users_mistakes
+from prefopt.cli.errors import users_mistakes
+from prefopt.cli.own_parser import OwnParser
 from prefopt.terminal import harmless
 
 if TYPE_CHECKING:
     from prefopt.sweep.state import Sweep
 
-__all__ = ["COMMANDS", "Parser", "command"]
+__all__ = ["COMMANDS", "command"]
 
 COMMANDS = ("ls", "stop", "resume", "clone")
 ANSWER_SECONDS = 120.0
 """How long a command waits: the trial that it is about may be within an evaluation or a long step."""
 
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one message, like any other of the program's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see prefopt sweep --help")
+LONGEST_REASON = 160
+"""Characters of why a trial has ended."""
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -37,24 +34,43 @@ def command(arguments: Sequence[str]) -> int:
         if sweep is None:
             raise ValueError(f"{options.folder} is no folder of a sweep: it has no sweep.json")
         if options.command == "ls":
-            from prefopt.sweep.table import print_table
-
-            print_table(options.folder, sweep)
+            show(options.folder, sweep)
             return 0
         return asked(options, sweep)
 
 
+def show(folder: Path, sweep: Sweep) -> None:
+    """How a sweep stands, why trials have ended, and whether anybody runs it."""
+    from prefopt.sweep.state import OVER, FolderInUseError, held
+    from prefopt.sweep.table import print_table
+
+    is_over = all(trial.status in OVER for trial in sweep.trials)
+
+    print_table(folder, sweep)
+    for trial in sweep.trials:
+        if trial.reason:
+            print(harmless(f"{trial.name} {trial.status}: {' '.join(trial.reason.split())[:LONGEST_REASON]}"))
+    try:
+        with held(folder):
+            to_go_on = "" if is_over else f"; to go on: prefopt sweep {sweep.source}"
+            print(harmless(f"Nobody runs this sweep now{to_go_on}"))
+    except FolderInUseError:
+        print("This sweep is running.")
+    except PermissionError:  # another's folder, which one may look at all the same
+        pass
+
+
 def parsed_command(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="prefopt sweep", allow_abbrev=False)
+    parser = OwnParser(prog="prefopt sweep")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
-        one = commands.add_parser(name, allow_abbrev=False)
+        one = commands.add_parser(name)
         one.add_argument("folder", metavar="DIR", type=Path)
         if name != "ls":
             one.add_argument("trial", metavar="TRIAL")
         if name == "clone":
             one.add_argument("--set", nargs="+", default=[], action="extend", metavar="OPTION=VALUE")
-            one.add_argument("--from_scratch", "--from-scratch", action="store_true")
+            one.add_argument("--from_scratch", action="store_true")
     return parser.parse_args(list(arguments))
 
 

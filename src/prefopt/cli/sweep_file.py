@@ -50,7 +50,7 @@ class SweepFile:
 
     def options(self, trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Every option of the run of a trial, by its own options and its folder."""
-        return {"disable_tqdm": True, **self.plan.base, **trial, "output_dir": str(folder)}
+        return {"disable_tqdm": True, "run_name": folder.name, **self.plan.base, **trial, "output_dir": str(folder)}
 
     def configs(self, trial: Mapping[str, Any], folder: Path) -> tuple[Any, ...]:
         """The run of a trial as the commands' configs: script, training, model, mixture.
@@ -66,6 +66,8 @@ class SweepFile:
 
     def check(self, trial: Mapping[str, Any]) -> list[str]:
         """What is wrong with the run of a trial's options."""
+        from prefopt.cli.check import option_lines
+        from prefopt.cli.model_config import get_peft_config, get_quantization_config
         from prefopt.cli.train import missing_names
 
         known = known_names(self.plan.method)
@@ -73,8 +75,10 @@ class SweepFile:
             return unknown
         try:
             script, _, model, mixture = self.configs(trial, self.plan.folder)
-        except ValueError as error:
-            return [str(error)]
+            get_peft_config(model)
+            get_quantization_config(model)
+        except (ValueError, TypeError, ImportError) as error:
+            return list(option_lines(str(error).splitlines()))
         return missing_names(script, model, mixture)
 
     def run(self, trial: Trial) -> Run:

@@ -10,6 +10,7 @@ from typing import Any
 
 import prefopt
 from prefopt.cli.model_config import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from prefopt.cli.names import missing_options
 from prefopt.cli.parser import PrefParser
 from prefopt.data import DatasetMixtureConfig, get_dataset, load_source
 from prefopt.data.image_roots import DEFAULT_ROOTS
@@ -58,12 +59,8 @@ def make_trainer(
 
 def missing_names(script: ScriptArguments, model: ModelConfig, mixture: DatasetMixtureConfig) -> list[str]:
     """What a run must name and this one does not."""
-    missing = []
-    if model.model_name_or_path is None:
-        missing.append("model_name_or_path: name the model to train, a folder or a Hub name")
-    if script.dataset_name is None and not mixture.datasets:
-        missing.append("dataset_name: name the data, a file, a folder or a Hub name (or datasets: in YAML)")
-    return missing
+    values = {**vars(model), **vars(script), **vars(mixture)}
+    return missing_options({name for name, value in values.items() if value})
 
 
 def trainer_on(
@@ -150,7 +147,7 @@ def train(trainer: Any, script: ScriptArguments) -> None:
     training = trainer.args
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
-    trainer.accelerator.print(f"model saved in {training.output_dir}")
+    trainer.accelerator.print(f"written: {training.output_dir}")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     end_run(trainer)

@@ -1,8 +1,10 @@
-"""What ``--help`` prints: short, and without importing anything. ``--help-all`` asks the parser."""
+"""What ``--help`` prints: short, and without importing anything heavy. ``--help-all`` of a method asks the parser."""
 
 from __future__ import annotations
 
-__all__ = ["COMMANDS", "METHODS", "method_usage", "usage"]
+import textwrap
+
+__all__ = ["ALONE", "COMMANDS", "METHODS", "TRAIN", "method_usage", "usage"]
 
 METHODS = {
     "dpo": "DPO and its 15 losses, against a reference model",
@@ -24,26 +26,50 @@ COMMANDS = {
     "quickstart": "Train a small model on generated preferences and show before and after. No download.",
 }
 
+ALONE = {"recipes", "env", "quickstart"}
+"""What does something without arguments; all others show their help."""
+WIDTH = 80
+"""Characters of a line of help."""
+TRAIN = """\
+usage: prefopt train RUN.yaml [--option value ...]
+
+Train as a YAML file says; its key 'method' names dpo (the default), cpo or tpo.
+
+  --option value                wins over the file
+  prefopt METHOD --help         the common options of the file's method
+  prefopt METHOD --help-all     every option
+
+  prefopt recipes cp dpo        a commented file to begin with
+  prefopt check dpo.yaml        will it go through?
+  prefopt train dpo.yaml --beta 0.2 --num_processes 8
+"""
+
 COMMON = """\
 model
   --model_name_or_path NAME     folder or Hub name
-  --dtype float32               auto, bfloat16, float16, float32: precision of the weights
+  --dtype float32               auto, bfloat16, float16, float32:
+                                precision of the weights
   --attn_implementation NAME    attention of the model
-  --use_peft                    train a LoRA adapter: --lora_r 16, --lora_alpha 32, --lora_target_modules ...
+  --use_peft                    train a LoRA adapter: --lora_r 16,
+                                --lora_alpha 32, --lora_target_modules ...
   --load_in_4bit                quantise the base model (with --use_peft)
 
 data
-  --dataset_name NAME           Hub name, folder or file (JSON, JSONL, Parquet, CSV, Arrow)
-  --dataset_train_split train   and --dataset_test_split test, --dataset_config, --dataset_streaming
+  --dataset_name NAME           Hub name, folder or file
+                                (JSON, JSONL, Parquet, CSV, Arrow)
+  --dataset_train_split train   and --dataset_test_split test,
+                                --dataset_config, --dataset_streaming
   --max_length 1024             prompt and completion; 'none' cuts nothing
   --on_bad_row skip             or error: rows with nothing to learn
 
 training
   --output_dir DIR              checkpoints, model, tokenizer
-  --learning_rate {rate:<14}--num_train_epochs 3, --max_steps N, --lr_scheduler_type cosine
+  --learning_rate {rate:<14}--num_train_epochs 3, --max_steps N,
+                                --lr_scheduler_type cosine
   --per_device_train_batch_size 8  --gradient_accumulation_steps 1
   --eval_strategy steps         with --eval_steps N: evaluate on the test split
-  --bf16 / --fp16               mixed precision (bf16 is on where the hardware has it)
+  --bf16 / --fp16               mixed precision
+                                (bf16 is on where the hardware has it)
   --layout auto                 shared_prompt, packed or padded batches
   --report_to none              trackers
 """
@@ -52,17 +78,23 @@ OBJECTIVE = {
     "dpo": """\
 loss
   --beta 0.1                    --label_smoothing 0.0
-  --loss_type sigmoid           hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired
-                                apo_zero apo_down discopop sft sigmoid_norm; several, with --loss_weights
+  --loss_type sigmoid           hinge ipo exo_pair nca_pair robust bco_pair
+                                sppo_hard aot aot_unpaired apo_zero apo_down
+                                discopop sft sigmoid_norm
+                                several, with --loss_weights
   --precompute_ref_log_probs    score the data with the reference first
-  --sync_ref_model              TR-DPO;  --ld_alpha A: LD-DPO;  --use_weighting: WPO
-  --f_divergence_type NAME      reverse_kl forward_kl js_divergence alpha_divergence
+  --sync_ref_model              TR-DPO
+                                --ld_alpha A: LD-DPO; --use_weighting: WPO
+  --f_divergence_type NAME      reverse_kl forward_kl js_divergence
+                                alpha_divergence
 """,
     "cpo": """\
 loss
   --beta 0.1                    --label_smoothing 0.0
-  --loss_type sigmoid           hinge ipo simpo alphapo; several, with --loss_weights
-  --cpo_alpha 1.0               weight of the chosen completion's likelihood; 0 with simpo is SimPO
+  --loss_type sigmoid           hinge ipo simpo alphapo
+                                several, with --loss_weights
+  --cpo_alpha 1.0               weight of the chosen completion's likelihood
+                                0 with simpo is SimPO
   --simpo_gamma 0.5             target margin of simpo
   --alpha 0.0                   AlphaPO's shape of the reward
 """,
@@ -70,15 +102,18 @@ loss
 loss
   --beta 0.01                   --label_smoothing 0.0
   --loss_type sigmoid           hinge ipo tpo-l; several, with --loss_weights
-  --tpo_alpha 1.0               weight of the gold completion's likelihood; 0: no gold column needed
+  --tpo_alpha 1.0               weight of the gold completion's likelihood
+                                0: no gold column needed
   --tpo_l_gamma 0.5             target margin of tpo-l
 """,
 }
 
 LAUNCH = """\
 several processes
-  --num_processes N             hands over to accelerate launch, with any other flag of it
-  --accelerate_config NAME      single_gpu multi_gpu fsdp2 zero1 zero2 zero3 cpu, or a file
+  --num_processes N             hands over to accelerate launch,
+                                with any other flag of it
+  --accelerate_config NAME      single_gpu multi_gpu fsdp2 zero1 zero2 zero3
+                                cpu, or a file
 
   --config RUN.yaml             the same options in YAML; the command line wins
   --help-all                    every option
@@ -87,7 +122,8 @@ several processes
 
 def usage() -> str:
     """The overview of all commands."""
-    lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    margin = " " * 14
+    lines = [textwrap.fill(f"  {name:<12}{text}", WIDTH, subsequent_indent=margin) for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: prefopt COMMAND [options]",
@@ -101,7 +137,8 @@ def usage() -> str:
             "  prefopt dpo --model_name_or_path MODEL --dataset_name DATA --output_dir OUT",
             "  prefopt cpo --config run.yaml --loss_type simpo --cpo_alpha 0",
             "",
-            "prefopt COMMAND --help shows the common options of a command, --help-all every option.",
+            "prefopt COMMAND --help shows the options of a command,",
+            "prefopt METHOD --help-all (dpo, cpo, tpo) every option of a run.",
         ]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 import prefopt
 from prefopt import files
+from prefopt.checkpoints.folder import checkpoints_in
 from prefopt.checkpoints.publish import install, staged_model
 from prefopt.trainer.generation import generated
 from prefopt.trainer.saving.adapter_files import base_of_adapter
-from prefopt.trainer.setup import load_model, load_processing_class
+from prefopt.trainer.setup import check_output_dir, load_model, load_processing_class
 from prefopt.types import TokenizedExample
 
 __all__ = ["LOGIT_TOLERANCE", "Merged", "NotTheSameError", "adapter_folder", "merge"]
@@ -45,7 +47,7 @@ class Merged:
 
 
 def adapter_folder(run: str | Path) -> Path:
-    """The folder with the adapter of a run: its own, or that of its newest checkpoint.
+    """The folder with the adapter of a run: its own, or that of its checkpoint of the most steps.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -54,8 +56,7 @@ def adapter_folder(run: str | Path) -> Path:
     folder = Path(run)
     if not folder.is_dir():
         raise FileNotFoundError(f"{run}: there is no such folder; name a run's output_dir or one of its checkpoints")
-    newest = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for place in (folder, *newest):
+    for place in (folder, *checkpoints_in(folder).values()):
         if (place / "adapter_config.json").is_file():
             return place
     if (folder / "config.json").is_file():
@@ -78,22 +79,19 @@ def merge(run: str | Path, output_dir: str | Path, *, dtype: str = "float32", ac
 
     Raises:
         NotTheSameError: the merged model computes something else.
-        ValueError: the adapter is of a kind that cannot be merged, or ``output_dir`` is not empty.
+        ValueError: the adapter is of a kind that cannot be merged, or ``output_dir`` is a file or not empty.
         FileNotFoundError: there is no such run.
     """
     adapter, folder = adapter_folder(run), Path(output_dir)
-    if folder.exists() and any(folder.iterdir()):
+    check_output_dir(str(folder))
+    was_there = folder.exists()
+    if was_there and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty; name a new folder")
     args = prefopt.DPOConfig(str(folder), bf16=False, report_to="none")
     base = str(base_of_adapter(adapter)[0])  # type: ignore[index]  # there is an adapter's config
-    processing_class = load_processing_class(None, str(adapter), args)
     refuse_virtual_tokens(adapter)
-    model: Any = load_model(str(adapter), args).eval()
-    refuse_quantised(model, adapter, base)
-    probe = Probe(model, processing_class)
-    expected = probe.results(model)
-    model = merged_model(model)
-    compared(expected, probe.results(model), by_logits=True, by_texts=True)
+    processing_class = load_processing_class(None, str(adapter), args)
+    model, probe, expected = checked_merge(adapter, base, processing_class, args)
     staged = staged_model(folder)
     try:
         model.to(getattr(torch, dtype)).save_pretrained(staged)
@@ -106,7 +104,25 @@ def merge(run: str | Path, output_dir: str | Path, *, dtype: str = "float32", ac
         install(staged, folder)
     finally:
         files.remove_tree(staged)
+        if not was_there and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
     return Merged(base, adapter, difference, same, len(expected.texts))
+
+
+def checked_merge(adapter: Path, base: str, processing_class: Any, args: Any) -> tuple[Any, Probe, Results]:
+    """The merged model, which computes the same in memory; the probe, and what base and adapter made of it.
+
+    Raises:
+        NotTheSameError: the merged model computes something else.
+        ValueError: the base is quantised.
+    """
+    model: Any = load_model(str(adapter), args).eval()
+    refuse_quantised(model, adapter, base)
+    probe = Probe(model, processing_class)
+    expected = probe.results(model)
+    model = merged_model(model)
+    compared(expected, probe.results(model), by_logits=True, by_texts=True)
+    return model, probe, expected
 
 
 def refuse_virtual_tokens(adapter: Path) -> None:
@@ -202,6 +218,10 @@ def compared(expected: Results, found: Results, *, by_logits: bool, by_texts: bo
     difference = float((expected.logits - found.logits).abs().max() / expected.logits.abs().max())
     same = sum(one == other for one, other in zip(expected.texts, found.texts, strict=True))
     told = f"logits differ by up to {difference:.1e} of the largest, {same} of {len(expected.texts)} texts are the same"
+    if not math.isfinite(difference):
+        raise NotTheSameError(
+            "the merged model's logits are not finite. Nothing was written; --dtype float32 may help."
+        )
     if by_logits and not difference <= LOGIT_TOLERANCE:
         raise NotTheSameError(
             f"the merged model is not the same: {told}; logits may differ by {LOGIT_TOLERANCE:g}. Nothing was written."

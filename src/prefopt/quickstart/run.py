@@ -6,8 +6,6 @@ to answer. The `sft` term keeps the chosen answers likely, so that the generated
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +25,14 @@ from prefopt.quickstart.report import (
     next_commands,
 )
 from prefopt.quickstart.task import preference_set
+from prefopt.report.folder import REPORT
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from prefopt.quickstart.measure import Measured
 
-__all__ = ["SETTINGS", "main", "run"]
+__all__ = ["SETTINGS", "run"]
 
 SETTINGS: dict[str, Any] = {
     "loss_type": ["sigmoid", "sft"],
@@ -56,23 +55,6 @@ _INTRODUCTION = (
     "figures are for {num_held_out} held-out requests: no training, of the shipped model or here, saw their words "
     "together."
 )
-
-
-def main(argv: Sequence[str] = ()) -> int:
-    """The command; 0 when the model learned it, 1 when not, 2 for a mistake in the arguments."""
-    parser = argparse.ArgumentParser(
-        prog="prefopt quickstart",
-        description="Train a small shipped model with DPO on generated preferences; no network, about a minute.",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs and of the training (default 0)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default runs/quickstart")
-    options = parser.parse_args(list(argv))
-    try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"prefopt: --output_dir {options.output_dir}: {error}; choose another folder", file=sys.stderr)
-        return 2
-    return 0 if run(options.seed, options.output_dir).has_risen else 1
 
 
 def run(
@@ -181,8 +163,10 @@ def _print_ending(outcome: Outcome, console: Console) -> None:
     columns = ("before", outcome.before), ("after", outcome.after)
     _print_measured(outcome.prompts, outcome.before, console, *columns)
     console.print(outcome.verdict, style="bold green" if outcome.has_risen else "bold red")
+    model = outcome.output_dir / "model"
+    curves = f"Training       {model / REPORT}\n" if (model / REPORT).is_file() else ""
     console.print(
-        f"\nTrained model  {outcome.output_dir / 'model'}\nReport         {outcome.output_dir / 'report.md'}\n"
+        f"\nTrained model  {model}\nReport         {outcome.output_dir / 'report.md'}\n{curves}"
         f"Time           {outcome.total_seconds:.1f} s, of which training {outcome.train_seconds:.1f} s\n\n"
         "Next: the same as a command; put your own model and rows in place of these.\n",
         highlight=False,

@@ -6,7 +6,7 @@ explain: a false alarm is worse than silence. Of findings that explain each othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefopt.report.data_findings import data_findings, sample_findings
@@ -27,6 +27,15 @@ def diagnose(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> lis
             of ``samples.jsonl``, and for a run that goes on ``progress``, the share of its steps that are done.
     """
     run = Run(rows, facts)
-    of_run = stability_findings(run) or learning_findings(run)  # numbers of a run that broke say nothing about learning
-    of_data = [*data_findings(run), *sample_findings(run)]
+    of_run = found(run, stability_findings) or found(run, learning_findings)  # one that broke says nothing of learning
+    of_data = [*found(run, data_findings), *found(run, sample_findings)]
     return of_data + sorted(of_run, key=lambda finding: finding.step or 0)
+
+
+def found(run: Run, rules: Callable[[Run], list[Finding]]) -> list[Finding]:
+    """What the rules find; where they fail, that, as neither a run nor its report may end for it."""
+    try:
+        return rules(run)
+    except Exception as error:
+        text = f"The numbers could not be gone through for {rules.__name__.replace('_', ' ')}: {error!r}."
+        return [Finding("diagnosis failed", "warn", None, text, "The run is not concerned; please report it.")]

@@ -49,8 +49,10 @@ class Run:
 
     @functools.cached_property
     def evaluation_sets(self) -> list[str]:
-        """Prefix of each set's metrics: ``eval_``, ``eval_<name>_``."""
-        return evaluation_sets(self.rows)
+        """Prefix of each set's metrics: ``eval_``, ``eval_<name>_``; of sets with an accuracy and a margin that are
+        finite."""
+        needed = ("rewards/accuracies", "rewards/margins")
+        return [p for p in evaluation_sets(self.rows) if all(len(self.evaluated(p, name)) for name in needed)]
 
     def trained(self, metric: str) -> Series:
         """A metric of the rows of training."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prefopt.report.findings import Finding, Run
-from prefopt.report.series import MIN_ROWS, Series, first_step_where
+from prefopt.report.series import MIN_ROWS, Series, evaluation_sets, first_step_where
 
 __all__ = ["stability_findings"]
 
@@ -20,6 +21,8 @@ batch, and clipping takes care of them. Three, and one row in twenty, are the st
 COLLAPSE, COLLAPSE_NATS = 1.0, 20.0
 """Share of its first log-prob by which the chosen completion fell, and nats: training on preferences moves log-probs by
 tenths. A model that finds the answer it is taught the square as unlikely has lost its language."""
+EVALUATED = ("loss", "rewards/accuracies", "rewards/margins")
+"""Metrics of an evaluation set that are always finite; a metric of the user's need not be."""
 
 
 def stability_findings(run: Run) -> list[Finding]:
@@ -29,16 +32,36 @@ def stability_findings(run: Run) -> list[Finding]:
 
 def not_finite(run: Run) -> Iterator[Finding]:
     """A row that is NaN or infinite, or that misses steps for it."""
-    for row in run.training:
-        odd = dict(row.get("not_finite") or {})
-        odd |= {name: str(value) for name, value in row.items() if isinstance(value, float) and value != value}
-        if odd or row.get("skipped_steps"):
+    evaluated = {f"{prefix}{name}" for prefix in evaluation_sets(run.rows) for name in EVALUATED}
+    for row in run.rows:
+        odd = not_numbers(row)
+        if "loss" not in row:
+            if odd := {name: value for name, value in odd.items() if name in evaluated}:
+                yield broken_evaluation(row["step"], odd)
+                return
+        elif odd or row.get("skipped_steps"):
             what = ", ".join(f"{name} is {value}" for name, value in odd.items()) or "steps were left out"
             advice = "Look into the folder `_nonfinite-step-N`: it has the rows and what was computed of them."
             if odd.keys() <= {"loss"} and row.get("skipped_steps"):
                 what = f"{row['skipped_steps']:g} steps were left out, whose loss or gradient was not finite"
             yield Finding("not finite", "bad", row.get("step"), f"In the log {what}.", advice)
             return
+
+
+def not_numbers(row: Mapping[str, Any]) -> dict[str, str]:
+    """Metric -> what it is in place of a finite number."""
+    found = {name: str(value) for name, value in row.items() if isinstance(value, float) and value != value}
+    written = row.get("not_finite")
+    return {**written, **found} if isinstance(written, Mapping) else found
+
+
+def broken_evaluation(step: int, odd: Mapping[str, str]) -> Finding:
+    what = ", ".join(f"{name} is {value}" for name, value in odd.items())
+    advice = (
+        "Look at the rows of this set with `prefopt show`: one of them, or the type of the weights (float16 "
+        "overflows), gives log-probs that are not finite."
+    )
+    return Finding("not finite", "bad", step, f"In an evaluation {what}.", advice)
 
 
 def learning_rate_too_high(run: Run) -> Iterator[Finding]:

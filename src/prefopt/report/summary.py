@@ -104,7 +104,7 @@ def verdict(folder: RunFolder) -> tuple[str, str]:
     run = folder.run
     steps = run.get("steps") or max((row["step"] for row in folder.rows), default=0)
     method = shown(run.get("method") or "run").upper() if run else "A run without run.json"
-    after = f"after {steps:,} optimizer steps{elapsed(run)}"
+    after = f"after {steps:,} optimizer steps{elapsed(folder)}"
     why = folder.known("reason")
     what = f"{shown(why.get('type', ''))}: {shown(why.get('message', ''), 1500)}"
     status = run.get("status")
@@ -123,12 +123,17 @@ def verdict(folder: RunFolder) -> tuple[str, str]:
     return "warn", f"{method}: {steps:,} optimizer steps were logged."
 
 
-def elapsed(run: Mapping[str, Any]) -> str:
+def elapsed(folder: RunFolder) -> str:
+    """The time; of a run that went on with another, of its own steps alone, as `started` is its own."""
+    run = folder.run
     try:
         start, end = (datetime.fromisoformat(run[key]) for key in ("started", "ended"))
+        seconds = (end - start).total_seconds()
     except (KeyError, TypeError, ValueError):
         return ""
-    return f", in {duration((end - start).total_seconds())}"
+    own, steps = folder.known("timing").get("steps"), run.get("steps") or 0
+    of_them = f"the last {own:,} of them " if own is not None and own < steps else ""
+    return f", {of_them}in {duration(seconds)}"
 
 
 def results(folder: RunFolder) -> list[str]:
@@ -191,7 +196,7 @@ def skipped_rows(data: Mapping[str, Mapping[str, Any]]) -> list[Cells]:
     found = []
     for name, known in data.items():
         for reason, of_it in (known.get("skipped") or {}).items():
-            numbers, num = of_it["rows"], of_it["num"]
+            numbers, num = of_it.get("rows", []), of_it.get("num", 0)
             more = f" and {num - len(numbers):,} more" if num > len(numbers) else ""
             found.append([shown(name), shown(reason), f"{num:,}", ", ".join(map(shown, numbers)) + more])
     return limited(found, 4)

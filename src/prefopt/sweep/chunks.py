@@ -20,6 +20,7 @@ from transformers import PrinterCallback
 from prefopt.reference.adapters import is_peft
 from prefopt.trainer.config import PreferenceConfig
 from prefopt.trainer.ending.signals import PausedRun
+from prefopt.trainer.sampling import SampleCallback
 from prefopt.trainer.setup import load_model, load_processing_class
 from prefopt.trainer.versions import end_run
 
@@ -152,7 +153,10 @@ def made_trainer(run: Run, shared: Shared) -> Any:
         peft_config=run.peft,
     )
     shared.prepared[rows] = trainer.train_dataset, trainer.eval_dataset
-    trainer.remove_callback(PrinterCallback)  # rows are in the files of the trial
+    trainer.remove_callback(PrinterCallback)  # rows and samples are in the files of the trial
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SampleCallback):
+            callback.is_shown = False
     return trainer
 
 

@@ -108,7 +108,7 @@ def apply(folder: Path, sweep: Sweep, request: Request, check: Check) -> tuple[S
     if request.command == "clone":
         changed, text = cloned(folder, sweep, trial, request, check)
     else:
-        changed, text = (stopped if request.command == "stop" else resumed)(trial)
+        changed, text = stopped(trial) if request.command == "stop" else resumed(folder, trial)
     note_event(folder, request.command, changed.name, options=request.options, answer=text)
     return sweep.with_trial(changed), text
 
@@ -120,14 +120,16 @@ def stopped(trial: Trial) -> tuple[Trial, str]:
     return after, f"{trial.name}: stopped after step {trial.steps}"
 
 
-def resumed(trial: Trial) -> tuple[Trial, str]:
+def resumed(folder: Path, trial: Trial) -> tuple[Trial, str]:
     if trial.status is Status.FINISHED:
         raise ValueError(f"{trial.name} is finished; clone it with a larger max_steps to train it further")
     if trial.status not in OVER:
         raise ValueError(f"{trial.name} is {trial.status}: it goes on by itself")
-    status = Status.PAUSED if trial.steps else Status.WAITING
-    after = replace(trial, status=status, reason=None, spared=True)
-    return after, f"{trial.name}: goes on from step {trial.steps} when its turn comes"
+    failed = trial.status is Status.FAILED  # maybe some steps after its newest checkpoint
+    steps = (newest_checkpoint(trial_folder(folder, trial.name)) or 0) if failed else trial.steps
+    status = Status.PAUSED if steps else Status.WAITING
+    after = replace(trial, status=status, steps=steps, reason=None, spared=True)
+    return after, f"{trial.name}: {f'goes on from step {steps}' if steps else 'begins anew'} when its turn comes"
 
 
 def cloned(folder: Path, sweep: Sweep, trial: Trial, request: Request, check: Check) -> tuple[Trial, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefopt.sweep.state import Trial
+from prefopt.trainer.saving.masking import without_secrets
 
-__all__ = ["KEYS", "Plan", "explicit_trials", "read_plan", "refused_options", "trial_name"]
+__all__ = ["KEYS", "Plan", "explicit_trials", "new_trials", "read_plan", "refused_options", "trial_name"]
 
 KEYS = (
     "run",
@@ -52,6 +55,7 @@ OF_THE_PROCESS = (
     "use_liger_kernel",
 )
 """Options that act on the whole process: all trials have the same."""
+SECRET = "is a secret, and a trial's own options are in its name and in many files; put it in `run`"
 OFF = (None, False, "", [], {})
 
 
@@ -85,6 +89,8 @@ def read_plan(values: Mapping[str, Any], method: str, base: Mapping[str, Any]) -
     """
     problems = [f"{key}: {problem}" for key, problem in _mistakes(values)]
     problems += [f"run: {problem}" for problem in refused_options(base)]
+    varied = [values.get("parameters"), *(values.get("trials") or [])] if not problems else []
+    problems += [f"{name}: {SECRET}" for name in dict.fromkeys(itertools.chain(*(map(secrets, filter(None, varied)))))]
     if problems:
         raise ValueError("\n".join(problems))
     return Plan(
@@ -128,11 +134,18 @@ def refused_options(options: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def secrets(options: Mapping[str, Any]) -> list[str]:
+    """Names of options that hold a secret; ``{values: [...]}`` is a parameter of a sweep."""
+    held = {name: value.get("values", value) if isinstance(value, dict) else value for name, value in options.items()}
+    return [name for name, value in held.items() if without_secrets(value, name) != value]
+
+
 def refused_in_trials(options: Mapping[str, Any]) -> list[str]:
     """What one trial may not have of its own."""
     own = [f"{name}: acts on the whole process; set it in `run`" for name in OF_THE_PROCESS if name in options]
     folder = [f"output_dir: {OF_THE_SWEEP['output_dir']}; leave it out"] if "output_dir" in options else []
-    return [*refused_options(options), *own, *folder]
+    hidden = [f"{name}: {SECRET}" for name in secrets(options)]
+    return [*refused_options(options), *own, *folder, *hidden]
 
 
 def explicit_trials(combinations: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], list[str]]) -> list:
@@ -154,6 +167,29 @@ def explicit_trials(combinations: Sequence[Mapping[str, Any]], check: Callable[[
     if problems:
         raise ValueError("\n".join(problems))
     return trials
+
+
+def new_trials(planned: Sequence[Trial], known: Sequence[Trial]) -> list[Trial]:
+    """Those of a file's trials that a sweep does not have yet, by their options; they are numbered after its last.
+
+    Args:
+        planned: of the file.
+        known: of the sweep; its clones are nobody's.
+    """
+    theirs = [as_json(trial.options) for trial in known if trial.cloned_from is None]
+    found = []
+    for trial in planned:
+        if (options := as_json(trial.options)) in theirs:
+            theirs.remove(options)  # the same configuration may be there twice
+        else:
+            number = len(known) + len(found) + 1
+            found.append(replace(trial, name=trial_name(number, trial.options) if known else trial.name))
+    return found
+
+
+def as_json(options: Mapping[str, Any]) -> str:
+    """Options as ``sweep.json`` holds them, to be compared."""
+    return json.dumps(options, sort_keys=True, default=str)
 
 
 def trial_name(number: int, options: Mapping[str, Any], total: int = 99) -> str:

@@ -100,7 +100,8 @@ def metric_problems(metric: str, direction: str, eval_strategy: str, *, is_neede
     if direction not in ("maximize", "minimize"):
         problems.append(f"direction={direction!r}: must be maximize or minimize")
     known = [f"eval_{name}" for name in OF_EVALUATION]
-    if metric not in known:
+    of_a_set = metric.startswith("eval_") and metric.endswith(tuple(f"_{name}" for name in OF_EVALUATION))
+    if metric not in known and not of_a_set:
         close = difflib.get_close_matches(metric, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f": {', '.join(known)}"
         problems.append(f"metric={metric!r}: is none of those that an evaluation logs{hint}")

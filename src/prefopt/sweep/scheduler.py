@@ -16,7 +16,8 @@ from prefopt import files
 from prefopt.checkpoints.folder import FolderInUseError, checkpoints_in, final_folder
 from prefopt.sweep.chunks import AtStep, Chunk, Run, Shared, free, train_chunk
 from prefopt.sweep.commands import Check, answer, apply, newest_checkpoint, pending
-from prefopt.sweep.state import BEGUN, Status, Sweep, Trial, metric_values, note_event, trial_folder, write_sweep
+from prefopt.sweep.state import BEGUN, Status, Sweep, Trial, note_event, trial_folder, write_sweep
+from prefopt.sweep.summary import with_values
 from prefopt.trainer.ending.record import reason
 from prefopt.trainer.saving.checkpointing import CheckpointNotWrittenError
 
@@ -94,10 +95,11 @@ class Board:
         self.hooks.watch(self.sweep, name)
 
     def answer_requests(self, busy: str | None = None) -> bool:
-        """Do what was asked; what concerns the trial that is ``busy`` has to wait, and is said by True."""
+        """Do what was asked; what has to wait until no trial is ``busy`` is said by True: what concerns that trial, and
+        clones, whose check makes a config, which resets what accelerate knows of the process in the middle of a run."""
         waits = False
         for request in pending(self.folder):
-            if request.trial == busy:
+            if busy is not None and (request.trial == busy or request.command == "clone"):
                 waits = True
                 continue
             try:
@@ -216,7 +218,7 @@ def take_turn(board: Board, trial: Trial, make: MakeRun, shared: Shared) -> None
 def spent(board: Board, trial: Trial, start: float) -> Trial:
     """The trial as its chunk has left it, with the seconds since ``start``."""
     seconds = trial.seconds + time.monotonic() - start
-    return replace(with_values(board, board.sweep.trial(trial.name)), seconds=round(seconds, 3))
+    return replace(with_values(board.folder, board.sweep, board.sweep.trial(trial.name)), seconds=round(seconds, 3))
 
 
 def after(board: Board, trial: Trial, chunk: Chunk) -> Trial:
@@ -236,15 +238,6 @@ def remove(run: Path, step: int) -> None:
     if final_folder(run, step).is_dir():
         files.rename(final_folder(run, step), gone)
     files.remove_tree(gone)
-
-
-def with_values(board: Board, trial: Trial) -> Trial:
-    """The trial with the newest and the best value of the sweep's metric."""
-    values = metric_values(board.folder, trial.name, board.sweep.metric)
-    if not values:
-        return trial
-    best = (max if board.sweep.direction == "maximize" else min)(values.values())
-    return replace(trial, last=values[max(values)], best=best)
 
 
 # -- within a chunk ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 
 from prefopt.checkpoints.folder import FolderInUseError, held
 from prefopt.files import append_line, replace_file
-from prefopt.trainer.ending.record import METRICS, now, read_rows
+from prefopt.trainer.ending.record import now, read_rows
 from prefopt.trainer.saving.masking import without_secrets
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "Sweep",
     "Trial",
     "held",
-    "metric_values",
     "note_event",
     "read_events",
     "read_sweep",
@@ -96,8 +95,6 @@ class Trial:
     cloned_from: str | None = None
     clone_step: int = 0
     """The step of the checkpoint that a clone began with; 0: anew."""
-    spared: bool = False
-    """A command resumed it after it was pruned or stopped: it is not pruned again."""
     reason: str | None = None
     """Why it failed, was stopped or pruned."""
     spared: bool = False
@@ -188,9 +185,3 @@ def note_event(folder: Path, what: str, trial: str | None = None, **values: Any)
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """All that happened, in order."""
     return read_rows(folder / EVENTS)
-
-
-def metric_values(folder: Path, name: str, metric: str) -> dict[int, float]:
-    """Step -> value of a metric in the rows of a trial; values that are not finite are left out."""
-    rows = read_rows(trial_folder(folder, name) / METRICS)
-    return {row["step"]: float(row[metric]) for row in rows if row.get(metric) is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,19 @@ from typing import Any
 from prefopt.sweep.state import OVER, Status, Sweep, Trial, trial_folder
 from prefopt.trainer.ending.record import METRICS, read_rows
 
-__all__ = ["Seen", "all_values", "compact", "counted", "duration", "one", "remaining", "seen", "trial_rows", "varied"]
+__all__ = [
+    "Seen",
+    "all_values",
+    "compact",
+    "counted",
+    "duration",
+    "one",
+    "remaining",
+    "seen",
+    "trial_rows",
+    "varied",
+    "with_values",
+]
 
 FILES_KEPT = 1024
 """Files of rows that are kept parsed, as all of them are read at every change of one."""
@@ -53,14 +65,19 @@ def parsed(path: Path, modified: int, size: int) -> tuple[Mapping[str, Any], ...
 
 def all_values(folder: Path, sweep: Sweep) -> dict[str, dict[int, float]]:
     """Name of a trial -> step -> the sweep's metric; values that are not finite are left out."""
-    return {
-        trial.name: {
-            row["step"]: float(row[sweep.metric])
-            for row in trial_rows(folder, trial.name)
-            if row.get(sweep.metric) is not None
-        }
-        for trial in sweep.trials
-    }
+    return {trial.name: values_of(folder, trial.name, sweep.metric) for trial in sweep.trials}
+
+
+def values_of(folder: Path, name: str, metric: str) -> dict[int, float]:
+    """Step -> value of a metric in the rows of a trial; values that are not finite are left out."""
+    return {row["step"]: float(row[metric]) for row in trial_rows(folder, name) if row.get(metric) is not None}
+
+
+def with_values(folder: Path, sweep: Sweep, trial: Trial) -> Trial:
+    """The trial with the newest and the best value of the sweep's metric."""
+    values = values_of(folder, trial.name, sweep.metric)
+    best = (max if sweep.direction == "maximize" else min)(values.values(), default=None)
+    return replace(trial, last=values[max(values)] if values else None, best=best)
 
 
 def seen(folder: Path, sweep: Sweep) -> list[Seen]:

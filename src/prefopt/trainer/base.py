@@ -38,7 +38,7 @@ hook                                   why
 ``_maybe_log_save_..``, ``_evaluate``  a signal saves and stops; what was left of a step is taken up by the resumed run
 ``_save_checkpoint``, ``save_model``   whole or not at all; ``train`` goes on from the newest good one
 ``_finalize_training``                 the best checkpoint is looked at before it is loaded
-``_determine_best_metric``             a NaN is never the best
+``_determine_best_metric``             a NaN is never the best; a name that is no metric is a message
 ``_save``, ``create_model_card``       the user's arguments and a card with every checkpoint
 ``_load_from_checkpoint``, ``_best..`` safetensors alone; all adapters, whatever they are called; none is switched
 ``call_model_init``                    an adapter and a fresh reference for each trial
@@ -48,13 +48,11 @@ hook                                   why
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 from torch import nn
 from transformers import TrainerCallback
 
@@ -70,9 +68,10 @@ from prefopt.trainer.adapters import (
     warn_of_acting,
     wrap_with_adapter,
 )
+from prefopt.trainer.arguments_given import check_given, use_one_device
+from prefopt.trainer.best_metric import check_best_metric
 from prefopt.trainer.callbacks import updates_reference
 from prefopt.trainer.config import PreferenceConfig
-from prefopt.trainer.evaluation import check_best_metric
 from prefopt.trainer.kernels import apply_layer_kernels, check_kernels, settle_layer_kernels
 from prefopt.trainer.loading import EvalSets
 from prefopt.trainer.model_card import write_model_card
@@ -92,12 +91,10 @@ from prefopt.trainer.setup import (
     load_processing_class,
     model_name,
 )
-from prefopt.trainer.trackers import without_telemetry
+from prefopt.trainer.trackers import check_trackers, without_telemetry
 from prefopt.trainer.unsloth import tags_of, unsloth_run
 
 __all__ = ["PreferenceTrainer"]
-
-logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(ShowingTrainer):
@@ -147,6 +144,7 @@ class PreferenceTrainer(ShowingTrainer):
         args = args or self.config_class(f"{Path(model_name(model)).name or 'model'}-{self.method.upper()}")
         check_given(model, model_init, train_dataset, processing_class or tokenizer)
         check_output_dir(str(args.output_dir))
+        check_trackers(args.report_to or ())
         without_telemetry(args.report_to or ())
         check_kernels(model, args)
         settle_layer_kernels(args)
@@ -287,27 +285,3 @@ class PreferenceTrainer(ShowingTrainer):
         """Write ``README.md`` to the run's folder; the arguments are those of `write_model_card`."""
         if self.is_world_process_zero():
             write_model_card(self, str(self.args.output_dir), model_name=model_name, **given)
-
-
-def check_given(model: Any, model_init: Any, train_dataset: Any, processing_class: Any) -> None:
-    """Arguments that must be there, and of the right kind."""
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required: give a `datasets.Dataset` or `IterableDataset`.")
-    if not isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset):
-        raise TypeError(
-            f"`train_dataset` must be a `Dataset` or `IterableDataset`, not {type(train_dataset).__name__}; of a "
-            "`DatasetDict` give one split."
-        )
-    if model is None and model_init is None:
-        raise ValueError("Give a `model` (a path, an instance, a PeftModel), or a `model_init` that makes one.")
-    if model is not None and model_init is not None:
-        raise ValueError("`model` and `model_init` were both given; leave one of them out.")
-    if model is None and processing_class is None:
-        raise ValueError("With `model_init`, pass `processing_class` too: there is no name to load a tokenizer by.")
-
-
-def use_one_device(args: PreferenceConfig) -> None:
-    """A process trains on one GPU: ``DataParallel`` copies the model for every batch and would not reach the scorer."""
-    if args.n_gpu > 1:
-        logger.warning("%d GPUs are visible, one is used; `accelerate launch` trains on all of them.", args.n_gpu)
-        args._n_gpu = 1

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
 from prefopt.metrics import NUM_TOKENS, MetricSums, accumulator_dtype, means
@@ -20,6 +19,7 @@ from prefopt.normalise import term_sum
 from prefopt.reference.weights import reshard
 from prefopt.scoring.plain import full_logits, target_labels
 from prefopt.step import StepResult, preference_step
+from prefopt.trainer.best_metric import check_is_measured, prefixed
 from prefopt.trainer.ending.interrupting import InterruptibleTrainer
 from prefopt.trainer.ending.pairs import Extremes, ScoredPairs
 from prefopt.trainer.guards.nonfinite import say_what_is_not_finite
@@ -28,7 +28,7 @@ from prefopt.trainer.sharding import prepared_for_scoring
 from prefopt.trainer.whole_step import pair_table, shares_of_pairs
 from prefopt.types import PAIR, OptimizerStep, PreferenceBatch
 
-__all__ = ["EvaluatingTrainer", "PairLengths", "PairPredictions", "check_best_metric"]
+__all__ = ["EvaluatingTrainer", "PairLengths", "PairPredictions"]
 
 TERM = "loss_term/"
 
@@ -125,6 +125,10 @@ class EvaluatingTrainer(InterruptibleTrainer):
             metrics={prefixed(name, metric_key_prefix): value for name, value in metrics.items()},
             num_samples=num_pairs,
         )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        check_is_measured(self.args, metrics)
+        return super()._determine_best_metric(metrics, trial)
 
     def evaluated_step(self, model: nn.Module, number: int, wants_pairs: bool, step: OptimizerStep) -> EvaluatedStep:
         """The micro-batches of an item of the loader.
@@ -277,24 +281,3 @@ def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
 def as_array(tensor: Tensor) -> np.ndarray:
     """On the host; numpy has no bfloat16."""
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
-
-
-def check_best_metric(args: TrainingArguments, sets: Any) -> None:
-    """Of several evaluation sets each has metrics of its own, so the best model needs the name of one.
-
-    Raises:
-        ValueError: ``metric_for_best_model`` is of none of them.
-    """
-    metric = args.metric_for_best_model
-    if metric is None or not isinstance(sets, dict) or not sets:
-        return
-    if not prefixed(metric, "eval").startswith(tuple(f"eval_{name}_" for name in sets)):
-        example = f"eval_{next(iter(sets))}_{metric.removeprefix('eval_')}"
-        raise ValueError(
-            f"metric_for_best_model={metric!r}: the evaluation sets are {', '.join(map(repr, sets))}, each with "
-            f"metrics under its own name; set the metric of one of them, e.g. {example!r}"
-        )
-
-
-def prefixed(name: str, prefix: str) -> str:
-    return name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"

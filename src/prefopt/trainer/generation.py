@@ -16,10 +16,9 @@ from prefopt.scoring.attention import without_segments
 from prefopt.scoring.forward import evaluating, innermost
 from prefopt.types import TokenizedExample
 
-__all__ = ["generated"]
+__all__ = ["generated", "generated_to_end"]
 
 
-@torch.no_grad()
 def generated(
     model: nn.Module,
     examples: Sequence[TokenizedExample],
@@ -27,7 +26,20 @@ def generated(
     max_new_tokens: int,
     vision: VisionInputs | None = None,
 ) -> list[list[int]]:
-    """The greedy completions of the rows' prompts, in one batch; each ends before its first end-of-sequence token.
+    """The token ids alone of `generated_to_end`."""
+    return [ids for ids, _ in generated_to_end(model, examples, tokenizer, max_new_tokens, vision)]
+
+
+@torch.no_grad()
+def generated_to_end(
+    model: nn.Module,
+    examples: Sequence[TokenizedExample],
+    tokenizer: Any,
+    max_new_tokens: int,
+    vision: VisionInputs | None = None,
+) -> list[tuple[list[int], bool]]:
+    """The greedy completions of the rows' prompts, in one batch, each up to its first end-of-sequence token; with each
+    stands whether there was one.
 
     The model attends and is configured as transformers made it meanwhile, in evaluation mode and without compiled
     layers, and is left as it was. Of a model that is divided among the ranks every rank must call this, with the same
@@ -57,7 +69,7 @@ def generated(
             **inputs, generation_config=config, synced_gpus=True if is_sharded(model) else None
         )
     reshard(model)  # an optimizer that is made while the head is whole would train a copy of it
-    return [before_end(row, ends) for row in ids[:, start:].tolist()]
+    return [(before_end(row, ends), not set(ends).isdisjoint(row)) for row in ids[:, start:].tolist()]
 
 
 @contextmanager

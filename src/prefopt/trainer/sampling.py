@@ -49,6 +49,8 @@ class SampleCallback(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.is_shown = True
+        """Whether samples go to the terminal, beside their file and the trackers."""
         self.sampled: dict[str, int] = {}
         """Evaluation set -> the step at which it was last sampled in this training."""
         self.remembered: dict[bytes, str] = {}
@@ -103,7 +105,8 @@ class SampleCallback(TrainerCallback):
             samples = [self.as_text(*columns) for columns in zip(examples, policy, reference, strict=True)]
             table = SampleTable(name, step, samples)
             append_to_file(table, self.folder)
-            tqdm.write(summary(table))
+            if self.is_shown:
+                tqdm.write(summary(table))
             send(table, trainer.callback_handler.callbacks)
 
     @property

@@ -1,4 +1,4 @@
-"""What trackers are told beside rows and samples: that a run has failed, and that nothing is to be said elsewhere.
+"""Trackers: whether they are there, that a run has failed, and that nothing is to be said elsewhere.
 
 transformers ends a tracker's run when training ends. A run that fails does not come to that: its tracker's run would
 stay open as long as the process lives, in a notebook for example, and MLflow's would then be called finished.
@@ -9,14 +9,44 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["close_failed", "without_telemetry"]
+from transformers.integrations import integration_utils
+
+__all__ = ["check_trackers", "close_failed", "without_telemetry"]
 
 logger = logging.getLogger(__name__)
 
 MLFLOW_TELEMETRY = "MLFLOW_DISABLE_TELEMETRY"
 """MLflow tells its makers of its use when it is imported, whatever machine its runs go to."""
+
+
+PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
+"""Tracker -> its package, where that is called otherwise."""
+LOOKED_FOR = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+"""Tracker -> what transformers calls it where it looks whether it is there, where that is called otherwise."""
+
+
+def check_trackers(report_to: Iterable[str]) -> None:
+    """Hold the trackers of a run against those that there are, and that are installed.
+
+    Raises:
+        ValueError: there is no such tracker, or its package is missing.
+    """
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in report_to:
+        if name not in known:
+            nearest = get_close_matches(name, known, 1)
+            meant = f", did you mean {nearest[0]!r}?" if nearest else "."
+            raise ValueError(
+                f"report_to={name!r}: there is no such tracker{meant} Choose 'none' or among {', '.join(sorted(known))}"
+            )
+        if not getattr(integration_utils, f"is_{LOOKED_FOR.get(name, name)}_available")():
+            raise ValueError(
+                f"report_to={name!r}: it is not installed or not set up. Install it with "
+                f"`pip install {PACKAGES.get(name, name)}`, or leave it out of report_to"
+            )
 
 
 def without_telemetry(report_to: Iterable[str]) -> None:

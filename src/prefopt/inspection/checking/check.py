@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prefopt.data.report import SKIPPED, PrepareReport, Status
@@ -13,7 +14,10 @@ from prefopt.inspection.checking.rows import CheckedRows, check_rows
 from prefopt.inspection.checking.trial import PREFIX, Trial, try_run
 from prefopt.scoring.forward import innermost
 from prefopt.trainer.rows import check_pair_numbers, prepare_options
+from prefopt.trainer.saving.continuation import ResumeError
+from prefopt.trainer.saving.resuming import chosen_checkpoint
 from prefopt.trainer.setup import check_output_dir, load_config, load_processing_class
+from prefopt.trainer.trackers import check_trackers
 
 __all__ = ["Checked", "ModelFacts", "check_run"]
 
@@ -85,8 +89,9 @@ def check_run(
 
     with overheard(hear):
         check_options(args, is_adapter, findings, place)
+        checkpoint = checkpoint_of(args, findings, place)
         if check_sets(checked, args, model, datasets, place):
-            check_steps(checked, args, build, place)
+            check_steps(checked, args, build, place, checkpoint)
 
 
 def check_sets(checked: Checked, args: Any, model: str, datasets: dict[str, Any], place: Callable[[str], str]) -> bool:
@@ -112,11 +117,15 @@ def check_sets(checked: Checked, args: Any, model: str, datasets: dict[str, Any]
 
 
 def check_options(args: Any, is_adapter: bool, findings: Findings, place: Callable[[str], str]) -> None:
-    """A folder that cannot be written to, and a learning rate far above what others train with."""
-    try:
-        check_output_dir(str(args.output_dir))
-    except ValueError as error:
-        findings.add_message("error", place("output_dir"), str(error))
+    """A folder that cannot be written to, trackers that are not there, a learning rate far above what others use."""
+    for name, look in (
+        ("output_dir", lambda: check_output_dir(str(args.output_dir))),
+        ("report_to", lambda: check_trackers(args.report_to or ())),
+    ):
+        try:
+            look()
+        except ValueError as error:
+            findings.add_message("error", place(name), str(error))
     low, high = USUAL_RATES[is_adapter]
     if args.learning_rate > FAR * high:
         what = f"learning_rate={args.learning_rate:g} is {args.learning_rate / high:.3g} times the usual at most"
@@ -124,6 +133,15 @@ def check_options(args: Any, is_adapter: bool, findings: Findings, place: Callab
         findings.add(
             "warning", place("learning_rate"), what, f"Of {of} it is {low:g} to {high:g}; a run may diverge above."
         )
+
+
+def checkpoint_of(args: Any, findings: Findings, place: Callable[[str], str]) -> str | None:
+    """The checkpoint that the run would go on from; None where it begins, or where there is none that it can take."""
+    try:
+        return chosen_checkpoint(args, args.resume_from_checkpoint, Path(str(args.output_dir)))
+    except ResumeError as error:
+        findings.add_message("error", place("resume_from_checkpoint"), shown(error))
+        return None
 
 
 def list_rows(findings: Findings, rows: CheckedRows, *, is_error: bool) -> None:
@@ -159,16 +177,26 @@ def list_rows(findings: Findings, rows: CheckedRows, *, is_error: bool) -> None:
         findings.add("note", data, f"a stream: its first {rows.num_rows} rows were looked at")
 
 
-def check_steps(checked: Checked, args: Any, build: Callable[[Any, Any], Any], place: Callable[[str], str]) -> None:
-    """Some real steps, on the rows that can be trained on."""
+def check_steps(
+    checked: Checked,
+    args: Any,
+    build: Callable[[Any, Any], Any],
+    place: Callable[[str], str],
+    checkpoint: str | None,
+) -> None:
+    """Some real steps, on the rows that can be trained on; and whether ``checkpoint`` is of this run."""
     findings = checked.findings
     prepared = {rows.name: rows.prepared for rows in checked.sets}
     if checked.sets[0].is_stream and args.max_steps <= 0:
         fix = "Set max_steps: a stream does not say how many rows it has."
         findings.add("error", place("max_steps"), "max_steps is not set, and the training set is streamed", fix)
         return
+    comparable = None if checked.sets[0].is_stream or checked.sets[0].broken else checkpoint
     try:
-        trainer, trial = try_run(args, lambda: build(prepared["train"], prepared.get("eval")))
+        trainer, trial = try_run(args, lambda: build(prepared["train"], prepared.get("eval")), comparable)
+    except ResumeError as error:
+        findings.add_message("error", place("resume_from_checkpoint"), str(error))
+        return
     except Exception as error:
         message = shown(error)
         findings.add_message("error", place_of(message, args, place, "model"), message)

@@ -21,6 +21,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from prefopt.inspection.checking.plan import TrialPlan, plan_trial
 from prefopt.reference.cache import OFF
+from prefopt.trainer.best_metric import check_is_measured
+from prefopt.trainer.saving.continuation import check_continuation, foreign_checkpoint
 
 __all__ = ["PREFIX", "Trial", "set_aside", "try_run"]
 
@@ -104,12 +106,13 @@ def apart() -> Iterator[str]:
             os.environ["PREFOPT_CACHE"] = before
 
 
-def try_run(args: Any, build: Callable[[], Any]) -> tuple[Any, Trial]:
+def try_run(args: Any, build: Callable[[], Any], checkpoint: str | None = None) -> tuple[Any, Trial]:
     """Makes the trainer and lets it run some steps of its run; returns the trainer too.
 
     Args:
         args: its config, which is changed.
         build: makes the trainer, on prepared rows.
+        checkpoint: which the run would go on from; the steps that are tried are those from its beginning.
 
     Raises:
         Exception: whatever ends the run.
@@ -117,6 +120,9 @@ def try_run(args: Any, build: Callable[[], Any]) -> tuple[Any, Trial]:
     with apart() as folder:
         set_aside(args, folder)
         trainer = build()
+        if checkpoint is not None and not foreign_checkpoint(checkpoint):
+            check_continuation(trainer, checkpoint)
+            trainer.changes, trainer.another_optimizer = {}, False
         plan = plan_trial(trainer)
         args.max_steps = plan.num_steps
         whole, sets = trainer.train_dataset, trainer.eval_dataset
@@ -163,7 +169,8 @@ def evaluation_seconds(trainer: Any, sets: Any) -> float | None:
     sizes = trainer.pair_sizes(found)
     start = max(range(0, len(found), size), key=lambda index: sum(sizes[index : index + size]))
     begun = now()
-    trainer.evaluate(found.select(range(start, min(start + size, len(found)))))
+    measured = trainer.evaluate(found.select(range(start, min(start + size, len(found)))))
+    check_is_measured(trainer.args, measured)
     return (now() - begun) / min(size, len(found) - start)
 
 

@@ -14,13 +14,19 @@ from datasets import Dataset
 
 import prefopt
 from prefopt.data import tokenized_example
-from prefopt.data.prepare import prepare_report
+from prefopt.data.prepare import PrepareOptions, prepare_dataset, prepare_report
 from prefopt.inspection.comparing.kl import token_kl
-from prefopt.inspection.comparing.statistics import Figure, Line, PairScores, lines
-from prefopt.trainer.generation import generated
+from prefopt.inspection.comparing.statistics import Figure, Line, PairScores, check_finite, lines
+from prefopt.trainer.generation import generated_to_end
+from prefopt.trainer.rows import prepare_options
+from prefopt.trainer.setup import load_by_name, load_config, load_processing_class
 from prefopt.types import PAIR, TokenizedExample
 
 __all__ = ["Comparison", "Settings", "TokenKL", "compared"]
+
+
+Said = tuple[list[int], bool]
+"""Token ids without the end token, and whether it came."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class SidedSample:
     base: str
     tuned: str
     num_tokens: tuple[int, int]
-    """Of base and tuned; one that has ``max_new_tokens`` was cut."""
+    """Of base and tuned, without the end token."""
+    was_cut: tuple[bool, bool]
+    """Whether a text was ended by ``max_new_tokens`` or the model's context, before the model ended it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,12 @@ class Comparison:
 
 
 def compared(
-    base: str, tuned: str, dataset: Dataset, settings: Settings, shown: Callable[[PairScores], Sequence[int]]
+    base: str,
+    tuned: str,
+    dataset: Dataset,
+    settings: Settings,
+    shown: Callable[[PairScores], Sequence[int]],
+    name: str = "test",
 ) -> Comparison:
     """The tuned model beside its base.
 
@@ -94,16 +107,19 @@ def compared(
         dataset: rows in any format that training takes.
         settings: how much of them is looked at.
         shown: `PairScores` -> places of the pairs whose text is wanted.
+        name: of the split, in messages.
 
     Raises:
-        ValueError: a model or a row cannot be used, or the two models have different vocabularies.
+        ValueError: a model or a row cannot be used, the two models have different vocabularies, or a log-prob is not
+            finite.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = scoring_trainer(base, tuned, dataset, settings, folder)
+        trainer = scoring_trainer(base, tuned, dataset, settings, folder, name)
         check_vocabularies(base, tuned, trainer)
         rows = trainer.eval_dataset
         report = prepare_report(rows)
         scores = pair_scores(trainer, rows)
+        check_finite(base, tuned, scores)
         examples = [tokenized_example(row, PAIR) for row in first(rows, settings.num_samples)]
         completions = both_completions(trainer, examples, settings) if examples else []
         return Comparison(
@@ -120,7 +136,7 @@ def compared(
         )
 
 
-def scoring_trainer(base: str, tuned: str, dataset: Dataset, settings: Settings, folder: str) -> Any:
+def scoring_trainer(base: str, tuned: str, dataset: Dataset, settings: Settings, folder: str, name: str) -> Any:
     """DPO's trainer as the scorer of both: at beta = 1 a reward is the log-ratio of the two models."""
     args = prefopt.DPOConfig(
         folder,
@@ -133,7 +149,12 @@ def scoring_trainer(base: str, tuned: str, dataset: Dataset, settings: Settings,
         model_init_kwargs={"dtype": settings.dtype},
     )
     with only_errors():  # what is said of training: nothing is trained
-        return prefopt.DPOTrainer(tuned, ref_model=base, args=args, train_dataset=dataset, eval_dataset=dataset)
+        processing_class = load_processing_class(None, tuned, args)
+        options: PrepareOptions = prepare_options(args, PAIR, load_config(tuned, args))
+        rows: Any = prepare_dataset(dataset, processing_class, options, name=name)
+        return prefopt.DPOTrainer(
+            tuned, ref_model=base, args=args, train_dataset=rows, eval_dataset=rows, processing_class=processing_class
+        )
 
 
 @contextmanager
@@ -149,8 +170,6 @@ def only_errors() -> Iterator[None]:
 
 def check_vocabularies(base: str, tuned: str, trainer: Any) -> None:
     """Raises: ValueError where a token is another text for each of the two models."""
-    from prefopt.trainer.setup import load_by_name
-
     own, other = (
         getattr(each, "tokenizer", each) for each in (trainer.processing_class, load_by_name(base, trainer.args))
     )
@@ -187,19 +206,17 @@ def tokenizer_of(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-def both_completions(
-    trainer: Any, examples: Sequence[TokenizedExample], settings: Settings
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids that base and tuned say to each prompt."""
+def both_completions(trainer: Any, examples: Sequence[TokenizedExample], settings: Settings) -> list[tuple[Said, Said]]:
+    """What base and tuned say to each prompt: token ids, and whether the model has ended them."""
     trainer.place_reference()
     found = []
     with trainer.model_reference.active() as base:
         for model in (base, trainer.model):
-            ids: list[list[int]] = []
+            said: list[Said] = []
             for start in range(0, len(examples), settings.batch_size):
                 part = examples[start : start + settings.batch_size]
-                ids += generated(model, part, tokenizer_of(trainer), settings.max_new_tokens, trainer.vision)
-            found.append(ids)
+                said += generated_to_end(model, part, tokenizer_of(trainer), settings.max_new_tokens, trainer.vision)
+            found.append(said)
     return list(zip(*found, strict=True))
 
 
@@ -207,13 +224,13 @@ def divergences(
     trainer: Any,
     rows: Dataset,
     examples: Sequence[TokenizedExample],
-    completions: Sequence[tuple[list[int], list[int]]],
+    completions: Sequence[tuple[Said, Said]],
     settings: Settings,
 ) -> list[TokenKL]:
     """KL on the completions of the data, and on what the tuned model says itself."""
     data = [kl_of_row(trainer, row) for row in first(rows, settings.num_kl_rows)]
     said = zip(first(rows, len(examples)), completions, strict=True)
-    own = [kl_of_row(trainer, with_completion(row, tuned)) for row, (_, tuned) in said if tuned]
+    own = [kl_of_row(trainer, with_completion(row, tuned)) for row, (_, (tuned, _)) in said if tuned]
     found = []
     for texts, values in (
         ("chosen", [chosen for chosen, _ in data]),
@@ -246,7 +263,7 @@ def kl_of_row(trainer: Any, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray
 
 
 def sided_samples(
-    trainer: Any, examples: Sequence[TokenizedExample], completions: Sequence[tuple[list[int], list[int]]]
+    trainer: Any, examples: Sequence[TokenizedExample], completions: Sequence[tuple[Said, Said]]
 ) -> list[SidedSample]:
     """The completions of both models as text, with the row's own."""
 
@@ -258,10 +275,11 @@ def sided_samples(
             example.row,
             text(example.prompt_ids),
             *(text(example.completion_ids[branch]) for branch in PAIR),
-            *(text(ids) for ids in sides),
-            num_tokens=(len(sides[0]), len(sides[1])),
+            *(text(ids) for ids, _ in (base, tuned)),
+            num_tokens=(len(base[0]), len(tuned[0])),
+            was_cut=(not base[1], not tuned[1]),
         )
-        for example, sides in zip(examples, completions, strict=True)
+        for example, (base, tuned) in zip(examples, completions, strict=True)
     ]
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Figure", "Line", "PairScores", "lines", "worst_and_best"]
+from prefopt.data.report import named
+
+__all__ = ["Figure", "Line", "PairScores", "check_finite", "lines", "worst_and_best"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,29 @@ def per_pair(chosen: np.ndarray, rejected: np.ndarray, scores: PairScores) -> di
         0.5 * (1 + longer * np.sign(mean_chosen - mean_rejected)),
     )
     return {name: np.asarray(value, dtype=np.float64) for name, value in zip(UNITS, values, strict=True)}
+
+
+def check_finite(base: str, tuned: str, scores: PairScores) -> None:
+    """Hold the log-probs of both models against having a mean at all.
+
+    Args:
+        base, tuned: names of the two models.
+        scores: of P pairs.
+
+    Raises:
+        ValueError: a log-prob is not finite; with the model and the first rows.
+    """
+    for model, sides in (  # the tuned one first: the base's are computed from its
+        (tuned, (scores.tuned_chosen, scores.tuned_rejected)),
+        (base, (scores.base_chosen, scores.base_rejected)),
+    ):
+        broken = scores.rows[~np.isfinite(sides).all(0)].tolist()
+        if broken:
+            raise ValueError(
+                f"{model}: its log-probs of {len(broken)} of {len(scores.rows)} pairs are not finite "
+                f"({named(broken)}). There is nothing to compare: look at the run that made it, or take an earlier "
+                "checkpoint."
+            )
 
 
 def worst_and_best(scores: PairScores, number: int) -> tuple[list[int], list[int]]:

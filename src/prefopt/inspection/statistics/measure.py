@@ -64,10 +64,7 @@ def measure(
     Raises:
         ValueError: the set is empty, or a column is missing that every row needs.
     """
-    columns = tuple(dataset.column_names or next(iter(dataset), {}))
-    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
-        raise ValueError(f"{name}: the data set is empty. Give one with at least one row.")
-    check_columns(columns, branches)
+    columns = columns_of(dataset, branches, name)
     used = [column for column in columns if column in known_columns(branches)]
     found = Found()
     for found in Reader(branches, counter).read(numbered_rows(dataset, used, max_rows)):
@@ -92,6 +89,19 @@ def measure(
         layouts=layouts_of(tokens, kept, counter, pairs_per_batch),
         model=model,
     )
+
+
+def columns_of(dataset: Dataset | IterableDataset, branches: tuple[Branch, ...], name: str) -> tuple[str, ...]:
+    """The columns of the set.
+
+    Raises:
+        ValueError: it is empty, or a column is missing that every row needs.
+    """
+    columns = tuple(dataset.column_names or next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
+        raise ValueError(f"{name}: the data set is empty. Give one with at least one row.")
+    check_columns(columns, branches)
+    return columns
 
 
 def prepared(facts: Sequence[RowFacts], tokens: Sequence[RowTokens], name: str) -> tuple[Preparation, set[int]]:

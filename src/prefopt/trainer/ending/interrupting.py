@@ -7,7 +7,6 @@ that has been ended. A checkpoint says how much of this is yet to be done, and a
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 from prefopt.checkpoints.rng import rng_state, set_rng_state
 from prefopt.files import write_file
 from prefopt.reference.weights import reshard
-from prefopt.trainer.ending.signals import Request, Signals
+from prefopt.trainer.ending.signals import Request, Signals, drop_own_handler
 from prefopt.trainer.guards.guarding import GuardedTrainer
 from prefopt.trainer.guards.out_of_memory import any_rank
 
@@ -51,6 +50,8 @@ class Unfinished:
     grad_norm: float | Tensor | None = None
     """Of the step, for the row of an epoch; read from the device where it is saved."""
     learning_rate: float | None = None
+    is_extra: bool = False
+    """The checkpoint was asked for, and would not be there otherwise: it is never the best one."""
 
 
 class InterruptibleTrainer(GuardedTrainer):
@@ -79,7 +80,7 @@ class InterruptibleTrainer(GuardedTrainer):
         self.resumed_state: Unfinished | None = None
         self.rng_after_resume: Any = None
         self.stopped_at_resume = False
-        self.paused, self.saved_to_pause = False, False
+        self.paused, self.saved_to_pause, self.saves_extra = False, False, False
 
     # -- what is asked -------------------------------------------------------------------------------------------
 
@@ -173,8 +174,16 @@ class InterruptibleTrainer(GuardedTrainer):
     def save_once(self, model: Any, trial: Any) -> None:
         """A checkpoint of this step, unless there is one."""
         if self.saved_step != self.state.global_step:
+            self.saves_extra = True
             self._save_checkpoint(model, trial)
+            self.saves_extra = False
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def may_be_best(self, checkpoint: Path) -> bool:
+        """Not one that was asked for: the run would not have it if nobody had asked."""
+        path, is_this = checkpoint / FILE, checkpoint.name == f"checkpoint-{self.state.global_step}"
+        is_extra = path.is_file() and json.loads(path.read_text()).get("is_extra", False)
+        return not (self.saves_extra if is_this else is_extra)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -219,7 +228,8 @@ class InterruptibleTrainer(GuardedTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            write_file(Path(output_dir, FILE), json.dumps(asdict(self.step_state), default=float))
+            state = asdict(self.step_state) | {"is_extra": self.saves_extra}
+            write_file(Path(output_dir, FILE), json.dumps(state, default=float))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -265,11 +275,8 @@ class InterruptibleTrainer(GuardedTrainer):
         self.step_state = Unfinished(epoch_ended=state.epoch_ended)
         rest: tuple[Any, ...] = (self.model_wrapped, self.trial_of_run, epoch, self.ignored_keys, time.time())
         norm, rate = state.grad_norm, state.learning_rate
-        self.control.should_log, self.control.should_evaluate, self.control.should_save = (
-            False,
-            state.evaluate,
-            state.evaluate and state.save,
-        )
+        self.control.should_log, self.control.should_evaluate = False, state.evaluate
+        self.control.should_save = state.evaluate and state.save
         self._maybe_log_save_evaluate(self._tr_loss, norm, *rest, learning_rate=rate)
         if not state.epoch_ended:
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
@@ -290,15 +297,3 @@ class StepBoundaries(TrainerCallback):
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.step_state = Unfinished(epoch_ended=True)
-
-
-def drop_own_handler(handler: Any) -> None:
-    """Take out transformers' callback of ``enable_jit_checkpoint``, and the handler that its constructor has set.
-
-    It would write into a checkpoint's folder by itself, three seconds after the signal.
-    """
-    for callback in [c for c in handler.callbacks if type(c).__name__ == "JITCheckpointCallback"]:
-        handler.remove_callback(callback)
-        manager = getattr(callback, "jit_manager", None)
-        if manager is not None and signal.getsignal(signal.SIGTERM) == manager._sigterm_handler:
-            signal.signal(signal.SIGTERM, manager._original_sigterm_handler)

@@ -26,6 +26,9 @@ LONGEST = 4000
 NUM_PENDING = 64
 """Micro-batches whose numbers are left on the device before the host asks for them."""
 
+KEPT = ("row", "prompt_ids", *(f"{branch}_ids" for branch in PAIR))
+"""Of a prepared row; its images are not held until the numbers are asked for."""
+
 Row = Mapping[str, Any]
 
 
@@ -35,7 +38,7 @@ class ScoredPairs(NamedTuple):
     values: Tensor
     """[P, 4] rewards of chosen and rejected; log-probs of chosen and rejected, nats."""
     rows: Sequence[Row]
-    """The P prepared rows."""
+    """`KEPT` of the P prepared rows."""
 
     @classmethod
     def of(cls, result: StepResult, batch: PreferenceBatch, rows: Sequence[Row]) -> ScoredPairs:
@@ -57,6 +60,7 @@ class ScoredPairs(NamedTuple):
     def made(
         cls, rewards: Mapping[Branch, Tensor], logps: Mapping[Branch, Tensor], batch: PreferenceBatch, rows: Any
     ) -> ScoredPairs:
+        rows = [{name: row[name] for name in KEPT if name in row} for row in rows]
         columns = [of_one[branch].detach().float() for of_one in (rewards, logps) for branch in PAIR]
         values = torch.stack(columns, dim=1)
         return cls(values, rows) if batch.num_model_tokens else cls(values[:0], ())

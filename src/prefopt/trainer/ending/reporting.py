@@ -41,13 +41,13 @@ def report(folder: Path, title: str) -> None:
         if rows := read_rows(folder / METRICS):
             replace_file(folder / CURVES, png(draw(rows, title)))
     with spared(folder / REPORT):
-        logger.info("The report of the run: %s", write_report(folder))
+        logger.info("written: %s", write_report(folder))
 
 
 @contextmanager
-def spared(path: Path) -> Iterator[None]:
-    """What goes wrong within, whatever it is, changes nothing of how the run ends."""
+def spared(what: Path | str) -> Iterator[None]:
+    """What goes wrong within, whatever it is, changes nothing of the run and of how it ends."""
     try:
         yield
     except Exception as error:
-        logger.warning("%s was not made: %r", path, error)
+        logger.warning("%s was not made: %r", what, error)

@@ -24,7 +24,16 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any, ClassVar
 
-__all__ = ["InterruptedRun", "PausedRun", "Request", "Signals", "TerminatedRun", "heed_only_the_run", "interruption"]
+__all__ = [
+    "InterruptedRun",
+    "PausedRun",
+    "Request",
+    "Signals",
+    "TerminatedRun",
+    "drop_own_handler",
+    "heed_only_the_run",
+    "interruption",
+]
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
@@ -175,3 +184,15 @@ def interruption(received: signal.Signals | None, step: int, checkpoint: str | N
     """The exception with which ``train()`` ends; of a rank that got no signal itself, that of SIGTERM."""
     kind = InterruptedRun if received == signal.SIGINT else TerminatedRun
     return kind(step, checkpoint, detail)
+
+
+def drop_own_handler(handler: Any) -> None:
+    """Take out transformers' callback of ``enable_jit_checkpoint``, and the handler that its constructor has set.
+
+    It would write into a checkpoint's folder by itself, three seconds after the signal.
+    """
+    for callback in [c for c in handler.callbacks if type(c).__name__ == "JITCheckpointCallback"]:
+        handler.remove_callback(callback)
+        manager = getattr(callback, "jit_manager", None)
+        if manager is not None and signal.getsignal(signal.SIGTERM) == manager._sigterm_handler:
+            signal.signal(signal.SIGTERM, manager._original_sigterm_handler)

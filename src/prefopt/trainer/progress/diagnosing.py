@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from prefopt.report.diagnosis import diagnose
+from prefopt.report.diagnosis import Finding, diagnose
 from prefopt.trainer.ending.describing import described
 from prefopt.trainer.ending.record import read_rows
+from prefopt.trainer.ending.reporting import spared
 from prefopt.trainer.samples import FILE
 
 __all__ = ["SayFindings"]
@@ -53,8 +54,10 @@ class SayFindings(TrainerCallback):
         if not self.facts:
             return
         progress = state.global_step / state.max_steps if state.max_steps > 0 else 1.0
-        facts = {**self.facts, "progress": progress, "samples": self.samples(args)}
-        for finding in diagnose(state.log_history, facts):
+        found: list[Finding] = []
+        with spared("The diagnosis"):  # of one rank, for which the others would wait
+            found = diagnose(state.log_history, {**self.facts, "progress": progress, "samples": self.samples(args)})
+        for finding in found:
             if finding.level != "good" and finding.name not in self.said:
                 self.said.add(finding.name)
                 where = "" if finding.step is None else f"Step {finding.step}: "

@@ -97,7 +97,7 @@ class Display:
         part.refresh()
         self.open.remove(part)
         for around in self.open:
-            around.resting += part.seconds - part.resting
+            around.rest(part)
         if self.is_silent:
             return
         if self.screen is not None:

@@ -40,6 +40,8 @@ class Part:
     """The last numbers, in words."""
     resting: float = 0.0
     """Seconds that other parts within this one took."""
+    within: list[str] = field(default_factory=list)
+    """What these were, each once."""
     sign: Callable[[Part], None] | None = None
     """Called after each advance."""
     last_sign: float = 0.0
@@ -109,8 +111,16 @@ class Part:
         """The line that remains of it."""
         whole = self.total is None or self.done >= self.total
         amount = f"{self.done:,} {self.unit}" if whole else f"{self.done:,} of {self.total:,} {self.unit}"
-        speeds = self.speeds(whole=True)
-        return f"{self.name}: {amount} in {duration(self.seconds)}{', ' if speeds else ''}{speeds.replace('  ', ', ')}"
+        speeds = self.speeds(whole=True).replace("  ", ", ")
+        without = f" without {' and '.join(self.within)}" if self.pairs and self.within else ""
+        between = ("; " if without else ", ") if speeds else ""
+        return f"{self.name}: {amount} in {duration(self.seconds)}{between}{speeds}{without if speeds else ''}"
+
+    def rest(self, part: Part) -> None:
+        """Leave the time of a part within this one out of its speeds."""
+        self.resting += part.seconds - part.resting
+        if (kind := part.name.partition(" of ")[0]) not in self.within:
+            self.within.append(kind)
 
 
 def counts(step: OptimizerStep, num_ranks: int) -> tuple[int, int]:

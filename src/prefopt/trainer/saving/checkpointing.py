@@ -180,7 +180,7 @@ class CheckpointingTrainer(StatesTrainer):
             self.store_flos()
         run, step = Path(self._get_output_dir(trial)), self.state.global_step
         final, best = final_folder(run, step), final_folder(run, self.state.best_global_step or -1)
-        if best == final or best in checkpoints_of(run, self.run_id):
+        if (best == final or best in checkpoints_of(run, self.run_id)) and self.may_be_best(best):
             self.state.best_model_checkpoint = str(best)
         with self.whole_or_not_at_all(run, step):
             self.write_checkpoint(staging_folder(run, step))
@@ -190,6 +190,10 @@ class CheckpointingTrainer(StatesTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def may_be_best(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint of the best evaluation, there already or about to be, counts as the best."""
+        return True
 
     def write_checkpoint(self, folder: Path) -> None:
         """All ranks write what a checkpoint holds, to a folder that nobody looks at yet."""
@@ -279,10 +283,8 @@ class CheckpointingTrainer(StatesTrainer):
                 else None,
                 ValueError,
             )
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # 1 would delete by name, whatever is whole
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # 1 would delete by name, whatever is whole
         try:
             output = super()._finalize_training(trial, *args, **kwargs)
         finally:

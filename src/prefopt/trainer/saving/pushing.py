@@ -93,10 +93,12 @@ def push_run(
 def withheld(args: Any) -> list[str]:
     """Patterns of the files of an output folder that stay on this machine: checkpoints, and what shows text of data.
 
-    Trackers write samples into their files where samples are taken.
+    They hold in folders within it too, as those of the trials of a search. Trackers write samples into their files
+    where samples are taken.
     """
     samples = ["*tfevents*"] if args.generate_during_eval else []
-    return ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", *TEXT_OF_DATA, *samples]
+    patterns = ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", *TEXT_OF_DATA, *samples]
+    return [pattern for one in patterns for pattern in (one, f"*/{one}")]
 
 
 def model_files(folder: Path) -> Iterator[Path]:
