@@ -71,13 +71,16 @@ def test_a_run_file_trains_what_it_says(model, data, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+NAMED = ["--output_dir", "out", "--model_name_or_path", "nowhere", "--dataset_name", "nowhere.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["--output_dir", "out"], "model_name_or_path: name the model"),
         (["--output_dir", "out"], "dataset_name: name the data"),
-        (["--output_dir", "out", "--beta", "-1"], "beta=-1.0 must be"),
-        (["--output_dir", "out", "--load_in_4bit", "--load_in_8bit"], "load_in_8bit=True and load_in_4bit=True"),
+        ([*NAMED, "--beta", "-1"], "beta=-1.0 must be"),
+        ([*NAMED, "--load_in_4bit", "--load_in_8bit"], "load_in_8bit=True and load_in_4bit=True"),
     ],
 )
 def test_mistakes_end_with_a_message(arguments, part, capsys):
