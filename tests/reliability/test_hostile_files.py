@@ -65,7 +65,8 @@ def test_yaml_is_refused_in_time(
     Path("run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     arguments = ["--config", "run.yaml"] if place == "run file" else ["--accelerate_config", "run.yaml"]
     start = time.monotonic()
-    assert main(["dpo", "--output_dir", "out", *arguments]) == 2
+    named = ["--model_name_or_path", "nowhere", "--dataset_name", "nowhere.jsonl"]
+    assert main(["dpo", "--output_dir", "out", *named, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert time.monotonic() - start < QUICK
     assert not Path("OWNED").exists()
