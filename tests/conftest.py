@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="prefopt-trackio-")  # read when trackio is imported
 os.environ["PREFOPT_REPORT"] = "off"  # a second a run; the tests of curves and reports turn it on
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

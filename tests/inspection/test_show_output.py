@@ -53,6 +53,7 @@ def page_texts(page: str) -> list[str]:
 def test_no_color_keeps_the_marks_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     [preview] = shown([{"prompt": "Hm? ", "chosen": "A.", "rejected": "C."}])
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
     assert "\x1b[3" in printed(preview, capsys)
     monkeypatch.setenv("NO_COLOR", "1")
     text = printed(preview, capsys)

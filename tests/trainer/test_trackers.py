@@ -196,7 +196,7 @@ def test_trackio_has_the_rows_of_a_run_that_failed(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     import sqlite3
 
-    from trackio.utils import TRACKIO_DIR  # read when trackio is imported
+    from trackio.utils import TRACKIO_DIR
 
     def rows() -> list[str]:
         (file,) = Path(TRACKIO_DIR).glob("*.db")
