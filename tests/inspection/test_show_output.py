@@ -33,9 +33,10 @@ def shown(rows: list[dict[str, Any]], tokenizer: Any = None) -> list[RowPreview]
     return preview_rows(Dataset.from_list(rows), range(len(rows)), tokenizer, PAIR_OPTIONS, name="train")
 
 
-def printed(preview: RowPreview, capsys: Any, **options: Any) -> str:
-    """As into a pipe: nothing but text."""
-    console = Console(soft_wrap=True, highlight=False)
+def printed(preview: RowPreview, capsys: Any, terminal: bool = False, **options: Any) -> str:
+    """As into a pipe: nothing but text; or as on a terminal with colours."""
+    forced = {"force_terminal": True, "color_system": "256"} if terminal else {}
+    console = Console(soft_wrap=True, highlight=False, **forced)
     console.print(row_text(preview, "</s>", **{"with_ids": False, **options}), end="")
     return capsys.readouterr().out
 
@@ -52,11 +53,10 @@ def page_texts(page: str) -> list[str]:
 
 def test_no_color_keeps_the_marks_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     [preview] = shown([{"prompt": "Hm? ", "chosen": "A.", "rejected": "C."}])
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    assert "\x1b[3" in printed(preview, capsys)
-    monkeypatch.setenv("NO_COLOR", "1")
-    text = printed(preview, capsys)
+    monkeypatch.setattr(Console, "_environ", {})  # rich may have been imported while a test had replaced os.environ
+    assert re.search(r"\x1b\[[\d;]*3\d", printed(preview, capsys, terminal=True)), "colours, where they are wanted"
+    monkeypatch.setattr(Console, "_environ", {"NO_COLOR": "1"})
+    text = printed(preview, capsys, terminal=True)
     assert not re.search(r"\x1b\[[\d;]*3\d", text), "no colour"
     assert MARKS["trained"][0] in text
 

@@ -15,10 +15,11 @@ from test_host_reads import reads
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from prefopt.report.diagnosis import Finding
+from prefopt.terminal import without_bars
 from prefopt.trainer.progress import diagnosing
 from prefopt.trainer.progress import display as display_module
 from prefopt.trainer.progress.diagnosing import SayFindings
-from prefopt.trainer.progress.display import SILENT, Display, without_bars
+from prefopt.trainer.progress.display import SILENT, Display
 from prefopt.trainer.progress.parts import Part
 from prefopt.trainer.progress.rows import row_line
 from prefopt.trainer.progress.showing import ProgressDisplay

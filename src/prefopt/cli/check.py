@@ -171,8 +171,8 @@ def loaded(
 @contextmanager
 def quiet(console: Any) -> Iterator[None]:
     """What libraries print and draw within is no part of the check; a line says that it is at work."""
-    from prefopt.cli.quiet import without_retries
+    from prefopt.terminal import only_errors
 
     status = console.status("looking at options, rows, model and steps")
-    with status, without_retries(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with status, only_errors("huggingface_hub"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

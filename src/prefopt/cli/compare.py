@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.cli.errors import check_writable, users_mistakes, write_wanted
 from prefopt.cli.own_parser import OwnParser
-from prefopt.cli.quiet import without_bars
+from prefopt.terminal import without_bars
 
 if TYPE_CHECKING:
     from prefopt.inspection.comparing.comparison import Comparison

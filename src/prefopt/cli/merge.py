@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prefopt.cli.errors import users_mistakes
 from prefopt.cli.own_parser import OwnParser
-from prefopt.cli.quiet import without_bars
+from prefopt.terminal import without_bars
 
 __all__ = ["main"]
 

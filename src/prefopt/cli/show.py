@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt.cli.errors import UserError, check_writable, users_mistakes, write_wanted
 from prefopt.cli.own_parser import OwnParser
-from prefopt.cli.quiet import without_bars
+from prefopt.terminal import without_bars
 
 __all__ = ["main"]
 

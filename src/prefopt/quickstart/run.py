@@ -26,6 +26,7 @@ from prefopt.quickstart.report import (
 )
 from prefopt.quickstart.task import preference_set
 from prefopt.report.folder import REPORT
+from prefopt.terminal import without_bars
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -188,20 +189,12 @@ def _small_work() -> Iterator[None]:
 
     A second thread saves nothing on matrices of this size, and costs minutes where other programs need the cores.
     """
-    import datasets
     import torch
-    from transformers.utils import logging
 
-    datasets_had, transformers_had = not datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     num_threads = torch.get_num_threads()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
     torch.set_num_threads(1)
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         torch.set_num_threads(num_threads)
-        if datasets_had:
-            datasets.enable_progress_bars()
-        if transformers_had:
-            logging.enable_progress_bar()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from prefopt.data import tokenized_example
 from prefopt.data.prepare import PrepareOptions, prepare_dataset, prepare_report
 from prefopt.inspection.comparing.kl import token_kl
 from prefopt.inspection.comparing.statistics import Figure, Line, PairScores, check_finite, lines
+from prefopt.terminal import only_errors
 from prefopt.trainer.generation import generated_to_end
 from prefopt.trainer.rows import prepare_options
 from prefopt.trainer.setup import load_by_name, load_config, load_processing_class
@@ -148,24 +147,13 @@ def scoring_trainer(base: str, tuned: str, dataset: Dataset, settings: Settings,
         disable_tqdm=True,
         model_init_kwargs={"dtype": settings.dtype},
     )
-    with only_errors():  # what is said of training: nothing is trained
+    with only_errors("prefopt"):  # what is said of training: nothing is trained
         processing_class = load_processing_class(None, tuned, args)
         options: PrepareOptions = prepare_options(args, PAIR, load_config(tuned, args))
         rows: Any = prepare_dataset(dataset, processing_class, options, name=name)
         return prefopt.DPOTrainer(
             tuned, ref_model=base, args=args, train_dataset=rows, eval_dataset=rows, processing_class=processing_class
         )
-
-
-@contextmanager
-def only_errors() -> Iterator[None]:
-    logger = logging.getLogger("prefopt")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def check_vocabularies(base: str, tuned: str, trainer: Any) -> None:

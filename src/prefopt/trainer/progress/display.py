@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import datasets
 import psutil
 import torch
 from accelerate import PartialState
-from transformers.utils import logging
 from transformers.utils.import_utils import is_in_notebook
 
-from prefopt.terminal import harmless
+from prefopt.terminal import harmless, without_bars
 from prefopt.trainer.progress.parts import Part
 from prefopt.trainer.progress.screen import SCREEN, Screen, has_terminal
 
-__all__ = ["SILENT", "Display", "display_for", "memory_of", "without_bars"]
+__all__ = ["SILENT", "Display", "display_for", "memory_of"]
 
 SIGN_EVERY = 30.0
 """Seconds."""
@@ -123,23 +121,6 @@ def display_for(args: Any) -> Display:
 
 def printed(line: str) -> None:
     print(line, flush=True)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """No bars of libraries, of which several processes would draw several, and each over ours."""
-    switches = (
-        (datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
-        (not logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
-    )
-    changed = [(disable, enable) for was_off, disable, enable in switches if not was_off]
-    for disable, _ in changed:
-        disable()
-    try:
-        yield
-    finally:
-        for _, enable in changed:
-            enable()
 
 
 def memory_of(device: torch.device) -> str:

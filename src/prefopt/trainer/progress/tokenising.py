@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from prefopt.trainer.progress.display import Display, without_bars
+from prefopt.terminal import without_bars
+from prefopt.trainer.progress.display import Display
 from prefopt.trainer.progress.parts import Part
 
 __all__ = ["CountRows", "tokenising"]
